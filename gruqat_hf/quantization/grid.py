@@ -1,0 +1,67 @@
+"""The integer grid: the one place where a value is rounded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+class _RoundStraightThrough(torch.autograd.Function):
+    """Round half to even; the gradient passes unchanged (straight-through estimator, Bengio et al. 2013)."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, value: Tensor) -> Tensor:
+        return torch.round(value)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> Tensor:
+        return grad
+
+
+@dataclass(frozen=True)
+class Grid:
+    """An integer grid, with codes counted from the zero point: ``code = clamp(rint(v * inv_scale), low, high)``.
+
+    An affine grid's ``q - zero_point`` is such a code as well, with ``low = qmin - zero_point`` and ``high = qmax -
+    zero_point``, so that a product of codes is the integer product for both kinds.
+
+    Attributes:
+        scale, inv_scale: fp32, broadcastable to the values; ``inv_scale = 1 / scale`` rounded once.
+        low, high: smallest and largest code; int, or fp32 tensors shaped like ``scale`` for an affine grid.
+        magnitude: largest absolute value that a code can have.
+    """
+
+    scale: Tensor
+    inv_scale: Tensor
+    low: int | Tensor
+    high: int | Tensor
+    magnitude: int
+
+    @classmethod
+    def build(cls, scale: Tensor, zero_point: Tensor | None, qmin: int, qmax: int) -> Grid:
+        """The grid of a scale and, if affine, a zero point shaped like it."""
+        if zero_point is None:
+            return cls(scale, torch.reciprocal(scale), qmin, qmax, qmax)
+        offset = zero_point.to(torch.float32)
+        return cls(scale, torch.reciprocal(scale), qmin - offset, qmax - offset, qmax - qmin)
+
+    def codes(self, value: Tensor) -> Tensor:
+        """Integer codes of ``value`` in fp32. Straight-through gradient inside the range, none beyond; NaN stays NaN."""
+        rounded = _RoundStraightThrough.apply(value.to(torch.float32) * self.inv_scale)
+        return torch.clamp(rounded, self.low, self.high)
+
+    def round_trip(self, value: Tensor) -> Tensor:
+        """``value`` as the grid represents it: ``codes(value) * scale``, fp32."""
+        return self.codes(value) * self.scale
+
+    def gates(self, start: int, stop: int) -> Grid:
+        """The grid of gates ``start`` to ``stop`` where the scale's first dimension is the gate; this grid where it is not."""
+        if self.scale.dim() == 0 or self.scale.shape[0] == 1:
+            return self
+
+        def part(bound: int | Tensor) -> int | Tensor:
+            return bound[start:stop] if isinstance(bound, Tensor) else bound
+
+        return Grid(self.scale[start:stop], self.inv_scale[start:stop], part(self.low), part(self.high), self.magnitude)

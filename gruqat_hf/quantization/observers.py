@@ -1,0 +1,153 @@
+"""Observers: what range of values a quantizer should cover."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .config import QuantizerConfig
+from .fp32 import KeepsFloat32
+from .granularity import ScaleLayout
+
+#: A percentile is taken over at most this many values a scale, evenly spaced, so that its cost stays bounded.
+_PERCENTILE_SAMPLE = 1 << 20
+
+
+def _reduce_over_ranks(value: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(value, op=op)
+        if op == dist.ReduceOp.SUM:
+            value /= dist.get_world_size()
+    return value
+
+
+class Observer(KeepsFloat32, nn.Module):
+    """Keeps a range ``[min_val, max_val]`` per scale, in fp32, from the whole tensors that it is shown.
+
+    Subclasses define :meth:`merge`. Under torch.distributed the ranges of all ranks are reduced before they are merged, so that
+    every rank holds the same range.
+    """
+
+    min_val: Tensor
+    max_val: Tensor
+    count: Tensor
+
+    def __init__(self, config: QuantizerConfig, layout: ScaleLayout, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.layout = layout
+        for name, value in self.initial_values(device).items():
+            self.register_buffer(name, value)
+
+    def initial_values(self, device: torch.device | str | None = None) -> dict[str, Tensor]:
+        """Values of the buffers before anything was observed."""
+        shape = self.layout.scale_shape
+        return {
+            "min_val": torch.zeros(shape, dtype=torch.float32, device=device),
+            "max_val": torch.zeros(shape, dtype=torch.float32, device=device),
+            "count": torch.zeros((), dtype=torch.int64, device=device),
+        }
+
+    def range_of(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Range of one tensor ``[..., *layout.shape]``, per scale, over all ranks."""
+        low = self.layout.reduce(value, lambda v: v.amin(-1))
+        high = self.layout.reduce(value, lambda v: v.amax(-1))
+        return _reduce_over_ranks(low, dist.ReduceOp.MIN), _reduce_over_ranks(high, dist.ReduceOp.MAX)
+
+    def merge(self, past: Tensor, new: Tensor, side: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Bound after ``new`` was seen; ``side`` is torch.minimum for the lower bound, torch.maximum for the upper."""
+        raise NotImplementedError(f"{type(self).__name__} must define merge()")
+
+    @torch.no_grad()
+    def update(self, value: Tensor) -> None:
+        """Take ``value`` ``[..., *layout.shape]`` into the range; an empty one changes nothing."""
+        if value.numel() == 0:
+            return
+        low, high = self.range_of(value.detach().to(torch.float32))
+        first = self.count == 0
+        self.min_val.copy_(torch.where(first, low, self.merge(self.min_val, low, torch.minimum)))
+        self.max_val.copy_(torch.where(first, high, self.merge(self.max_val, high, torch.maximum)))
+        self.count.add_(1)
+
+
+class DynamicObserver(Observer):
+    """The range of the tensor at hand, nothing else."""
+
+    def merge(self, past: Tensor, new: Tensor, side: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        return new
+
+
+class MinMaxObserver(Observer):
+    """The extremes ever seen."""
+
+    def merge(self, past: Tensor, new: Tensor, side: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        return side(past, new)
+
+
+class EmaObserver(Observer):
+    """Exponential moving average of each tensor's extremes, ``ema_decay`` being the weight of the past."""
+
+    def merge(self, past: Tensor, new: Tensor, side: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        decay = self.config.ema_decay
+        return past * decay + new * (1.0 - decay)
+
+
+class PercentileObserver(EmaObserver):
+    """Moving average of the range that holds ``percentile`` per cent of each tensor's values, cut on both sides alike."""
+
+    def range_of(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        tail = (1.0 - self.config.percentile / 100.0) / 2.0
+
+        def quantile(at: float) -> Callable[[Tensor], Tensor]:
+            def take(values: Tensor) -> Tensor:
+                stride = -(-values.shape[-1] // _PERCENTILE_SAMPLE)
+                return torch.quantile(values[..., ::stride], at, dim=-1)
+
+            return take
+
+        low, high = self.layout.reduce(value, quantile(tail)), self.layout.reduce(value, quantile(1.0 - tail))
+        return _reduce_over_ranks(low, dist.ReduceOp.SUM), _reduce_over_ranks(high, dist.ReduceOp.SUM)
+
+
+class FixedObserver(Observer):
+    """Observes nothing: the scale was given or is known beforehand."""
+
+    def merge(self, past: Tensor, new: Tensor, side: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        return past
+
+    def update(self, value: Tensor) -> None:
+        return None
+
+
+_OBSERVERS: dict[str, type[Observer]] = {
+    "dynamic": DynamicObserver,
+    "minmax": MinMaxObserver,
+    "ema": EmaObserver,
+    "percentile": PercentileObserver,
+    "fixed": FixedObserver,
+}
+
+
+def register_observer(name: str, cls: type[Observer]) -> type[Observer]:
+    """Make ``QuantizerConfig(observer=name)`` use ``cls``.
+
+    Raises:
+        ValueError: the name is taken by another class.
+    """
+    if _OBSERVERS.setdefault(name, cls) is not cls:
+        raise ValueError(f"observer {name!r} is {_OBSERVERS[name].__name__} already; choose another name")
+    return cls
+
+
+def build_observer(config: QuantizerConfig, layout: ScaleLayout, device: torch.device | str | None = None) -> Observer:
+    """The observer that ``config.observer`` names.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    if config.observer not in _OBSERVERS:
+        raise ValueError(f"QuantizerConfig.observer is {config.observer!r}; known: {', '.join(sorted(_OBSERVERS))}")
+    return _OBSERVERS[config.observer](config, layout, device)
