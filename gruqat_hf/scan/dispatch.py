@@ -1,0 +1,114 @@
+"""Which implementation runs a scan: one table, in order of preference."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .inputs import LayerWeights, ScanInputs
+from .reference import scan_reference
+
+logger = logging.getLogger("gruqat_hf")
+
+#: Environment variable that forces a backend; "auto" or unset chooses the first that can run.
+BACKEND_VARIABLE = "GRUQAT_BACKEND"
+
+
+#: Inference of a whole layer with prepared weights: ``plan(x [T, B, I], h0 [B, H] or None, mask [T, B] or None, reverse)``
+#: gives all states ``[T, B, H]`` and the last one ``[B, H]``.
+Plan = Callable[[Tensor, "Tensor | None", "Tensor | None", bool], "tuple[Tensor, Tensor]"]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of the scan.
+
+    Attributes:
+        name: as ``GRUQAT_BACKEND`` spells it.
+        refuses: why it cannot run a scan, or None if it can.
+        run: all states ``[T, B, H]`` and the last one ``[B, H]``; differentiable.
+        prepare: inference of a whole layer for inputs like the one given, or the reason why there is none; None if it never has.
+    """
+
+    name: str
+    refuses: Callable[[ScanInputs], str | None]
+    run: Callable[[ScanInputs], tuple[Tensor, Tensor]]
+    prepare: Callable[[LayerWeights, Tensor], Plan | str] | None = None
+
+
+#: In order of preference; the reference runs everything and comes last.
+BACKENDS: list[Backend] = [Backend("reference", lambda inputs: None, scan_reference)]
+
+_logged: set[str] = set()
+
+
+def _candidates(forced: str | None) -> tuple[list[Backend], bool]:
+    """The backends to try, in order, and whether one was forced.
+
+    Raises:
+        ValueError: a forced name that does not exist.
+    """
+    wanted = forced if forced not in (None, "auto") else os.environ.get(BACKEND_VARIABLE, "auto")
+    if wanted == "auto":
+        return BACKENDS, False
+    chosen = [backend for backend in BACKENDS if backend.name == wanted]
+    if not chosen:
+        raise ValueError(f"backend {wanted!r} does not exist; choose one of auto, {', '.join(b.name for b in BACKENDS)}")
+    return chosen, True
+
+
+def _tell(backend: Backend, reasons: list[str], forced: bool) -> str:
+    """Which backend runs and why, on one line; logged the first time."""
+    told = f"{backend.name} ({'forced' if forced else '; '.join(reasons) or 'first choice'})"
+    if told not in _logged:
+        _logged.add(told)
+        logger.info("scan backend: %s", told)
+    return told
+
+
+def run_scan(inputs: ScanInputs, forced: str | None = None) -> tuple[Tensor, Tensor, str]:
+    """Run a scan by the first backend that can.
+
+    Args:
+        forced: a backend's name; None or "auto" leaves the choice to the environment variable, then to the table.
+
+    Returns:
+        All states ``[T, B, H]``, the last one ``[B, H]``, and which backend ran and why.
+
+    Raises:
+        ValueError: a forced name that does not exist.
+        RuntimeError: a forced backend that cannot run this scan.
+    """
+    candidates, is_forced = _candidates(forced)
+    reasons: list[str] = []
+    for backend in candidates:
+        reason = backend.refuses(inputs)
+        if reason is None:
+            states, last = backend.run(inputs)
+            return states, last, _tell(backend, reasons, is_forced)
+        reasons.append(f"{backend.name}: {reason}")
+    raise RuntimeError(f"backend {candidates[0].name!r} was forced, but cannot run this scan: {reasons[0]}")
+
+
+def prepare_plan(weights: LayerWeights, x: Tensor, forced: str | None = None) -> tuple[Plan | None, str]:
+    """Prepared inference of the first backend that offers it for inputs like ``x`` ``[T, B, I]``, and which one and why.
+
+    None means that no backend prepares this layer: its input product and its scan then run by themselves.
+
+    Raises:
+        ValueError: a forced name that does not exist.
+    """
+    candidates, is_forced = _candidates(forced)
+    reasons: list[str] = []
+    for backend in candidates:
+        if backend.prepare is None:
+            continue
+        plan = backend.prepare(weights, x)
+        if not isinstance(plan, str):
+            return plan, _tell(backend, reasons, is_forced)
+        reasons.append(f"{backend.name}: {plan}")
+    return None, "; ".join(reasons)

@@ -1,0 +1,93 @@
+"""The definition of the scan: a loop over steps in PyTorch that reads like the equations. Speed lives elsewhere.
+
+    r = sigmoid(gi_r + (W_r h + b_r))
+    z = sigmoid(gi_z + (W_z h + b_z))
+    n = tanh(gi_n + r * (W_n h + b_n))
+    h' = (1 - z) * n + z * h
+
+as in torch.nn.GRU; quantized, each value goes through its grid and each operation is rounded on its own, in this order.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..arithmetic.gates import portable_sigmoid, portable_tanh
+from .inputs import ScanGrids, ScanInputs
+from .product import OperandProduct, Tap
+
+
+def gru_step(
+    gi: Tensor,
+    h: Tensor,
+    product: OperandProduct,
+    bias: Tensor | None,
+    grids: ScanGrids,
+    quantized: bool,
+    tap: Tap | None = None,
+) -> Tensor:
+    """One step of every row: ``gi`` ``[rows, 3, H]``, ``h`` ``[rows, H]`` → the next state ``[rows, H]``.
+
+    Args:
+        product: of the hidden weights.
+        bias: ``[3, H]`` or None.
+        quantized: use the portable gates.
+        tap: is shown the value of each quantization point before it is rounded.
+    """
+    sigmoid, tanh = (portable_sigmoid, portable_tanh) if quantized else (torch.sigmoid, torch.tanh)
+    if tap is not None:
+        tap("h", h)
+    gh = product(h, tap)
+    if bias is not None:
+        gh = gh + bias
+
+    rz_in = gi[:, :2] + gh[:, :2]
+    r, z = sigmoid(rz_in if grids.gates is None else grids.gates.gates(0, 2).round_trip(rz_in)).unbind(1)
+    n_in = gi[:, 2] + r * gh[:, 2]
+    n = tanh(n_in if grids.gates is None else grids.gates.gates(2, 3).round_trip(n_in.unsqueeze(1)).squeeze(1))
+    new = (1.0 - z) * n + z * h
+
+    if tap is not None:
+        tap("gates", torch.cat([rz_in, n_in.unsqueeze(1)], dim=1))
+        tap("state", new)
+    return new if grids.state is None else grids.state.round_trip(new)
+
+
+def scan_reference(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
+    """All states ``[T, B, H]``, held where the mask is False, and the last state ``[B, H]``."""
+    grids = inputs.grids
+    product = OperandProduct(inputs.operand, grids.h, grids.mid)
+    h = inputs.h0 if grids.state is None else grids.state.round_trip(inputs.h0)
+    states: list[Tensor] = []
+    # unbind: its backward is one stack for all steps, where indexing step by step would add up a full tensor for each.
+    steps = list(inputs.gi.unbind(0))
+    masks = None if inputs.mask is None else inputs.mask.unsqueeze(-1).unbind(0)
+    order = range(len(steps) - 1, -1, -1) if inputs.reverse else range(len(steps))
+    for t in order:
+        new = gru_step(steps[t], h, product, inputs.bias, grids, inputs.quantized)
+        h = new if masks is None else torch.where(masks[t], new, h)
+        states.append(h)
+    if inputs.reverse:
+        states.reverse()
+    return torch.stack(states), h
+
+
+@torch.no_grad()
+def observe_scan(inputs: ScanInputs, states: Tensor, tap: Tap) -> None:
+    """Show ``tap`` what every quantization point of a finished scan saw, from its saved states ``[T, B, H]``.
+
+    All steps are computed again as rows of one batch: values that a grid clipped during the scan are seen before clipping, and no
+    observer is called step by step. Padded steps are left out.
+    """
+    h0 = inputs.h0 if inputs.grids.state is None else inputs.grids.state.round_trip(inputs.h0)
+    if inputs.reverse:
+        before = torch.cat([states[1:], h0.unsqueeze(0)])
+    else:
+        before = torch.cat([h0.unsqueeze(0), states[:-1]])
+    gi, before = inputs.gi.flatten(0, 1), before.flatten(0, 1)
+    if inputs.mask is not None:
+        rows = inputs.mask.flatten()
+        gi, before = gi[rows], before[rows]
+    product = OperandProduct(inputs.operand, inputs.grids.h, inputs.grids.mid)
+    gru_step(gi, before, product, inputs.bias, inputs.grids, inputs.quantized, tap)
