@@ -42,14 +42,16 @@ def gru_step(
     if bias is not None:
         gh = gh + bias
 
-    rz_in = gi[:, :2] + gh[:, :2]
+    gi_rz, gi_n = gi.split([2, 1], dim=1)
+    gh_rz, gh_n = gh.split([2, 1], dim=1)
+    rz_in = gi_rz + gh_rz
     r, z = sigmoid(rz_in if grids.gates is None else grids.gates.gates(0, 2).round_trip(rz_in)).unbind(1)
-    n_in = gi[:, 2] + r * gh[:, 2]
-    n = tanh(n_in if grids.gates is None else grids.gates.gates(2, 3).round_trip(n_in.unsqueeze(1)).squeeze(1))
+    n_in = gi_n + r.unsqueeze(1) * gh_n
+    n = tanh(n_in if grids.gates is None else grids.gates.gates(2, 3).round_trip(n_in)).squeeze(1)
     new = (1.0 - z) * n + z * h
 
     if tap is not None:
-        tap("gates", torch.cat([rz_in, n_in.unsqueeze(1)], dim=1))
+        tap("gates", torch.cat([rz_in, n_in], dim=1))
         tap("state", new)
     return new if grids.state is None else grids.state.round_trip(new)
 
