@@ -103,50 +103,57 @@ def _require_float32(x: Tensor, name: str) -> Tensor:
     return x
 
 
-def _rational(x: Tensor, clamp: float, numerator: Numerator, denominator: Denominator) -> Tensor:
+def _constants(numerator: Numerator, denominator: Denominator) -> tuple[Tensor, ...]:
+    # Zero-dimensional CPU tensors act as scalars on every device and cost half the time of Python numbers on small inputs.
+    values = (*numerator, *denominator[0], *denominator[1])
+    return tuple(torch.tensor(v, dtype=torch.float32, device="cpu") for v in values)
+
+
+_TANH = _constants(TANH_NUMERATOR, TANH_DENOMINATOR)
+_SIGMOID = _constants(SIGMOID_NUMERATOR, SIGMOID_DENOMINATOR)
+_SEED = torch.tensor(RECIPROCAL_SEED, dtype=torch.int32, device="cpu")
+_CENTRE, _ONE, _HALF = (torch.tensor(v, dtype=torch.float32, device="cpu") for v in (RECIPROCAL_CENTRE, 1.0, 0.5))
+
+
+def _rational(x: Tensor, clamp: float, constants: tuple[Tensor, ...]) -> Tensor:
     """The recipe in the module's docstring. In place where a value is not needed again; no operation that could fuse."""
-    p3, p2, p1, p0 = numerator
-    (a, b), (c, e) = denominator
+    p3, p2, p1, p0, a, b, c, e = constants
     x = x.clamp(-clamp, clamp)
     s = x * x
     n = (s * p3).add_(p2).mul_(s).add_(p1).mul_(s).add_(p0).mul_(x)
     d = (s + a).mul_(s).add_(b)
     d.mul_((s + c).mul_(s).add_(e))
-    y = (RECIPROCAL_SEED - d.view(torch.int32)).view(torch.float32)
-    z = RECIPROCAL_CENTRE - d.mul_(y)
+    y = (_SEED - d.view(torch.int32)).view(torch.float32)
+    z = _CENTRE - d.mul_(y)
     r = n.mul_(y)
     w = z * z
-    correction = z.add_(w).mul_(r).mul_(w.add_(1.0))
+    correction = z.add_(w).mul_(r).mul_(w.add_(_ONE))
     return r.add_(correction)
 
 
-class _PortableGate(torch.autograd.Function):
-    """Saves the output, of which both derivatives are polynomials."""
-
-    generate_vmap_rule = True
+class _Sigmoid(torch.autograd.Function):
+    """Saves the output, of which the derivative is a polynomial; so does `_Tanh`."""
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(output)
-
-
-class _Sigmoid(_PortableGate):
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return _rational(x, SIGMOID_CLAMP, SIGMOID_NUMERATOR, SIGMOID_DENOMINATOR).add_(0.5)
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
+        y = _rational(x, SIGMOID_CLAMP, _SIGMOID).add_(_HALF)
+        ctx.save_for_backward(y)
+        return y
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:
         (y,) = ctx.saved_tensors
         return gradient * (y * (1.0 - y))
 
 
-class _Tanh(_PortableGate):
+class _Tanh(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return _rational(x, TANH_CLAMP, TANH_NUMERATOR, TANH_DENOMINATOR)
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
+        y = _rational(x, TANH_CLAMP, _TANH)
+        ctx.save_for_backward(y)
+        return y
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:
         (y,) = ctx.saved_tensors
         return gradient * (1.0 - y * y)

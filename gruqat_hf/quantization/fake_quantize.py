@@ -126,17 +126,19 @@ class FakeQuantize(KeepsFloat32, nn.Module):
     @torch.no_grad()
     def observe(self, value: Tensor) -> None:
         """If this quantizer is observing, take ``value`` ``[..., *layout.shape]`` into the range and set the scale from it."""
-        if not self.is_observing or value.numel() == 0:
+        if not self.is_observing:
             return
         self.observer.update(value)
         self._set_scale()
-        self._calibrated = True
+        if not self._calibrated:
+            self.forget_calibration_state()
 
     def _set_scale(self) -> None:
         scale, zero_point = self.scale_from_range(self.observer.min_val, self.observer.max_val)
-        self.scale.copy_(scale)
+        seen = self.observer.count > 0
+        self.scale.copy_(torch.where(seen, scale, self.scale))
         if self.zero_point is not None:
-            self.zero_point.copy_(zero_point)
+            self.zero_point.copy_(torch.where(seen, zero_point, self.zero_point))
 
     def current_scale(self, value: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Scale and zero point for this forward pass; ``value`` is at hand only outside scans."""

@@ -12,16 +12,12 @@ from .config import QuantizerConfig
 from .fp32 import KeepsFloat32
 from .granularity import ScaleLayout
 
-#: A percentile is taken over at most this many values a scale, evenly spaced, so that its cost stays bounded.
-_PERCENTILE_SAMPLE = 1 << 20
+#: A percentile is taken over at most this many values in all, evenly spaced: torch.quantile has a limit, and time has one too.
+_PERCENTILE_SAMPLE = 1 << 22
 
 
-def _reduce_over_ranks(value: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(value, op=op)
-        if op == dist.ReduceOp.SUM:
-            value /= dist.get_world_size()
-    return value
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 class Observer(KeepsFloat32, nn.Module):
@@ -52,10 +48,14 @@ class Observer(KeepsFloat32, nn.Module):
         }
 
     def range_of(self, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Range of one tensor ``[..., *layout.shape]``, per scale, over all ranks."""
-        low = self.layout.reduce(value, lambda v: v.amin(-1))
-        high = self.layout.reduce(value, lambda v: v.amax(-1))
-        return _reduce_over_ranks(low, dist.ReduceOp.MIN), _reduce_over_ranks(high, dist.ReduceOp.MAX)
+        """Range of one tensor ``[..., *layout.shape]``, per scale."""
+        return self.layout.reduce(value, lambda v: v.amin(-1)), self.layout.reduce(value, lambda v: v.amax(-1))
+
+    def over_ranks(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """The range of all ranks; a rank that saw nothing holds ``(inf, -inf)``."""
+        dist.all_reduce(low, op=dist.ReduceOp.MIN)
+        dist.all_reduce(high, op=dist.ReduceOp.MAX)
+        return low, high
 
     def merge(self, past: Tensor, new: Tensor, side: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """Bound after ``new`` was seen; ``side`` is torch.minimum for the lower bound, torch.maximum for the upper."""
@@ -63,14 +63,23 @@ class Observer(KeepsFloat32, nn.Module):
 
     @torch.no_grad()
     def update(self, value: Tensor) -> None:
-        """Take ``value`` ``[..., *layout.shape]`` into the range; an empty one changes nothing."""
-        if value.numel() == 0:
-            return
-        low, high = self.range_of(value.detach().to(torch.float32))
+        """Take ``value`` ``[..., *layout.shape]`` into the range.
+
+        An empty tensor, and one with NaN or infinity in it, is left out. Every rank of a distributed run must make the call: it
+        waits for the others.
+        """
+        if value.numel():
+            low, high = self.range_of(value.detach().to(torch.float32))
+        else:
+            low, high = torch.full_like(self.min_val, torch.inf), torch.full_like(self.max_val, -torch.inf)
+        if _is_distributed():
+            low, high = self.over_ranks(low.contiguous(), high.contiguous())
+        seen = (torch.isfinite(low) & torch.isfinite(high)).all()
         first = self.count == 0
-        self.min_val.copy_(torch.where(first, low, self.merge(self.min_val, low, torch.minimum)))
-        self.max_val.copy_(torch.where(first, high, self.merge(self.max_val, high, torch.maximum)))
-        self.count.add_(1)
+        for past, new, side in ((self.min_val, low, torch.minimum), (self.max_val, high, torch.maximum)):
+            merged = torch.where(first, new, self.merge(past, new, side))
+            past.copy_(torch.where(seen, merged, past))
+        self.count.add_(seen)
 
 
 class DynamicObserver(Observer):
@@ -103,13 +112,19 @@ class PercentileObserver(EmaObserver):
 
         def quantile(at: float) -> Callable[[Tensor], Tensor]:
             def take(values: Tensor) -> Tensor:
-                stride = -(-values.shape[-1] // _PERCENTILE_SAMPLE)
+                stride = -(-values.numel() // _PERCENTILE_SAMPLE)
                 return torch.quantile(values[..., ::stride], at, dim=-1)
 
             return take
 
-        low, high = self.layout.reduce(value, quantile(tail)), self.layout.reduce(value, quantile(1.0 - tail))
-        return _reduce_over_ranks(low, dist.ReduceOp.SUM), _reduce_over_ranks(high, dist.ReduceOp.SUM)
+        return self.layout.reduce(value, quantile(tail)), self.layout.reduce(value, quantile(1.0 - tail))
+
+    def over_ranks(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean of the ranks' ranges."""
+        saw = torch.isfinite(low).all().to(low.dtype)
+        stacked = torch.stack([low.nan_to_num(0.0, 0.0, 0.0) * saw, high.nan_to_num(0.0, 0.0, 0.0) * saw, saw.expand_as(low)])
+        dist.all_reduce(stacked)
+        return stacked[0] / stacked[2], stacked[1] / stacked[2]
 
 
 class FixedObserver(Observer):
