@@ -333,6 +333,18 @@ def test_registration_refusals():
         StructureConfig("mine")
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (StructureConfig("ldr", rank=9), "rank=9 exceeds the size 8.*1 to 8 would work"),
+        (StructureConfig("butterfly", factor_pairs=1 << 40), "factor_pairs=.*exceeds the size 8.*1 to 8 would work"),
+    ],
+)
+def test_options_beyond_the_size_are_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+        build_structure(config, 8, 8)
+
+
 def test_import_is_light():
     heavy = "print([name for name in ('torch_structured', 'triton', 'scipy', 'einops') if name in sys.modules])"
 
@@ -340,4 +352,4 @@ def test_import_is_light():
         command = [sys.executable, "-c", f"import sys, {module}; {heavy}"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
-    assert loaded_by("gruqat_hf.structures") == loaded_by("torch")
+    assert loaded_by("gruqat_hf.structures") == loaded_by("transformers.modeling_utils")

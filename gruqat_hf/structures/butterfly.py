@@ -37,6 +37,11 @@ class ButterflyStructure(Structure):
                 f"structure kind {cls.kind!r} needs a size that is a power of two and at least 2, "
                 f"got in_features=out_features={in_features}; {' or '.join(map(str, works))} would work"
             )
+        if config.factor_pairs > in_features:
+            raise ValueError(
+                f"StructureConfig.factor_pairs={config.factor_pairs} exceeds the size {in_features} of the matrix, of which as "
+                f"many already make any matrix; 1 to {in_features} would work"
+            )
 
     @property
     def stages(self) -> int:

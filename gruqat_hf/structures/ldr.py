@@ -32,6 +32,10 @@ class LDRStructure(Structure):
     @classmethod
     def check_sizes(cls, in_features: int, out_features: int, config: StructureConfig) -> None:
         require_square(cls.kind, in_features, out_features, (in_features, out_features))
+        if config.rank > in_features:
+            raise ValueError(
+                f"StructureConfig.rank={config.rank} exceeds the size {in_features} of the matrix; 1 to {in_features} would work"
+            )
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         subdiagonal = (self.gates, self.in_features - 1)
