@@ -252,6 +252,15 @@ def test_a_refused_recipe_leaves_every_layer_in_float():
         stack.prepare_qat("fp32")
 
 
+def test_weights_that_diverged_are_not_frozen():
+    stack = GRUStack(4, 8, 2).prepare_qat("int8_dynamic")
+    with torch.no_grad():
+        stack.layers[1][0].weight_hidden.structure.weight[0, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match="weight_hidden.blocks holds NaN"):
+        stack.freeze()
+    assert all(layer.quant_state == QuantState.QAT for layer in stack.flat_layers())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("preset", ["int8_state16", "int4_per_group_64"])
 def test_dequantize_keeps_the_values(kind, preset):

@@ -246,6 +246,8 @@ def test_a_user_adds_a_scheme_and_an_observer():
         ({"observer": "fixed", "scale": 1.0, "symmetric": False, "zero_point": 300}, r"\[-128, 127\]"),
         ({"ema_decay": 1.0}, r"\[0, 1\)"),
         ({"percentile": 50.0}, r"\(50, 100\]"),
+        ({"ema_decay": "much"}, "ema_decay.*'much'"),
+        ({"observer": ["ema"]}, "observer must be a name"),
     ],
 )
 def test_bad_quantizer_configs_are_refused(kwargs, message):

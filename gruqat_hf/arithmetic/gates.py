@@ -33,6 +33,8 @@ path. A compiler that contracts multiply and add (`torch.compile` on a GPU) is o
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -103,31 +105,36 @@ def _require_float32(x: Tensor, name: str) -> Tensor:
     return x
 
 
-def _constants(numerator: Numerator, denominator: Denominator) -> tuple[Tensor, ...]:
-    # Zero-dimensional CPU tensors act as scalars on every device and cost half the time of Python numbers on small inputs.
-    values = (*numerator, *denominator[0], *denominator[1])
-    return tuple(torch.tensor(v, dtype=torch.float32, device="cpu") for v in values)
+class _Constants:
+    """Constants of the recipe as zero-dimensional CPU tensors, which act as scalars on every device and cost half the time of
+    Python numbers on small inputs; and as such numbers, for the fake tensors of a trace, which do not mix with real ones."""
+
+    def __init__(self, numerator: Numerator, denominator: Denominator) -> None:
+        self.numbers = (*numerator, *denominator[0], *denominator[1], RECIPROCAL_CENTRE, 1.0, 0.5, RECIPROCAL_SEED)
+        floats = [torch.tensor(v, dtype=torch.float32, device="cpu") for v in self.numbers[:-1]]
+        self.tensors = (*floats, torch.tensor(RECIPROCAL_SEED, dtype=torch.int32, device="cpu"))
+
+    def for_value(self, x: Tensor) -> tuple[Any, ...]:
+        return self.tensors if type(x) is Tensor else self.numbers
 
 
-_TANH = _constants(TANH_NUMERATOR, TANH_DENOMINATOR)
-_SIGMOID = _constants(SIGMOID_NUMERATOR, SIGMOID_DENOMINATOR)
-_SEED = torch.tensor(RECIPROCAL_SEED, dtype=torch.int32, device="cpu")
-_CENTRE, _ONE, _HALF = (torch.tensor(v, dtype=torch.float32, device="cpu") for v in (RECIPROCAL_CENTRE, 1.0, 0.5))
+_TANH = _Constants(TANH_NUMERATOR, TANH_DENOMINATOR)
+_SIGMOID = _Constants(SIGMOID_NUMERATOR, SIGMOID_DENOMINATOR)
 
 
-def _rational(x: Tensor, clamp: float, constants: tuple[Tensor, ...]) -> Tensor:
+def _rational(x: Tensor, clamp: float, constants: tuple[Any, ...]) -> Tensor:
     """The recipe in the module's docstring. In place where a value is not needed again; no operation that could fuse."""
-    p3, p2, p1, p0, a, b, c, e = constants
+    p3, p2, p1, p0, a, b, c, e, centre, one, _, seed = constants
     x = x.clamp(-clamp, clamp)
     s = x * x
     n = (s * p3).add_(p2).mul_(s).add_(p1).mul_(s).add_(p0).mul_(x)
     d = (s + a).mul_(s).add_(b)
     d.mul_((s + c).mul_(s).add_(e))
-    y = (_SEED - d.view(torch.int32)).view(torch.float32)
-    z = _CENTRE - d.mul_(y)
+    y = (seed - d.view(torch.int32)).view(torch.float32)
+    z = centre - d.mul_(y)
     r = n.mul_(y)
     w = z * z
-    correction = z.add_(w).mul_(r).mul_(w.add_(_ONE))
+    correction = z.add_(w).mul_(r).mul_(w.add_(one))
     return r.add_(correction)
 
 
@@ -136,7 +143,9 @@ class _Sigmoid(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
-        y = _rational(x, SIGMOID_CLAMP, _SIGMOID).add_(_HALF)
+        constants = _SIGMOID.for_value(x)
+        half = constants[-2]
+        y = _rational(x, SIGMOID_CLAMP, constants).add_(half)
         ctx.save_for_backward(y)
         return y
 
@@ -149,7 +158,7 @@ class _Sigmoid(torch.autograd.Function):
 class _Tanh(torch.autograd.Function):
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
-        y = _rational(x, TANH_CLAMP, _TANH)
+        y = _rational(x, TANH_CLAMP, _TANH.for_value(x))
         ctx.save_for_backward(y)
         return y
 

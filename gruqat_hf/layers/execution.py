@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from ..operands import Factor, Operand
 from ..quantization import FakeQuantize, FrozenGrid, Grid
 from ..scan import (
     BACKEND_VARIABLE,
     LayerWeights,
-    OperandProduct,
     Plan,
     ScanGrids,
     ScanInputs,
     observe_scan,
     prepare_plan,
+    run_product,
     run_scan,
 )
 from .lifecycle import QuantState
+from .plan_cache import CachedPlan
 from .weight import StructuredWeight
 
 
@@ -33,6 +37,8 @@ class GRUExecution(nn.Module):
         x, h, state, gates: quantizers of the points of :class:`QuantRecipe`, or None.
         backend: name of the scan backend to force, or None.
         last_path: which backend ran the last forward pass, and why.
+        gradient_checkpointing: whether training computes the scan a second time in the backward pass, instead of keeping what
+            every step computed. Set, with the function that does it, by ``gradient_checkpointing_enable()`` of a model.
     """
 
     hidden_size: int
@@ -49,7 +55,9 @@ class GRUExecution(nn.Module):
         super().__init__()
         self.backend: str | None = None
         self.last_path = "not run yet"
-        self._cached_plan: tuple[object, Plan | None, str] | None = None
+        self.gradient_checkpointing = False
+        self._gradient_checkpointing_func: Callable[..., Any] = checkpoint
+        self._cached_plan: CachedPlan | None = None
         self._state = QuantState.FLOAT
 
     def __getstate__(self) -> dict[str, object]:
@@ -59,8 +67,8 @@ class GRUExecution(nn.Module):
     def _layer_weights(self) -> LayerWeights:
         """Weights and grids as they stand; only where no grid depends on the input and nothing observes."""
         return LayerWeights(
-            input=self.weight_input.operand(),
-            hidden=self.weight_hidden.operand(),
+            input=self._operand(self.weight_input),
+            hidden=self._operand(self.weight_hidden),
             bias_input=self._bias(self.bias_input),
             bias_hidden=self._bias(self.bias_hidden),
             x=_fixed_grid(self.x),
@@ -68,6 +76,13 @@ class GRUExecution(nn.Module):
             grids=self._scan_grids(),
             quantized=self._state != QuantState.FLOAT,
         )
+
+    def _operand(self, weight: StructuredWeight) -> Operand:
+        """The weight as this state computes with it: in a quantized state also what stays float is fp32."""
+        operand = weight.operand()
+        if self._state == QuantState.FLOAT or all(f.values.dtype == torch.float32 for f in operand.factors.values()):
+            return operand
+        return operand.replace({n: f if f.is_quantized else Factor(f.values.float()) for n, f in operand.factors.items()})
 
     def _scan_grids(self) -> ScanGrids:
         return ScanGrids(
@@ -89,50 +104,96 @@ class GRUExecution(nn.Module):
     @property
     def _is_static(self) -> bool:
         """Whether the coming forward pass reads grids that are fixed beforehand and changes nothing."""
-        for quantizer in self._quantizers():
-            if quantizer.is_dynamic or (isinstance(quantizer, FakeQuantize) and quantizer.is_observing):
-                return False
-        return not any(q.is_observing for w in (self.weight_input, self.weight_hidden) for q in w.quantizers.values())
+        weights = (q for w in (self.weight_input, self.weight_hidden) for q in w.quantizers.values())
+        if any(quantizer.is_dynamic for quantizer in self._quantizers()):
+            return False
+        fake = (q for q in (*self._quantizers(), *weights) if isinstance(q, FakeQuantize))
+        return all(quantizer.is_active and not quantizer.is_watching for quantizer in fake)
 
     def _plan(self, x: Tensor) -> Plan | None:
         """The prepared inference of the chosen backend, or None where it has none; kept until a weight changes."""
-        tensors = [*self.parameters(), *self.buffers()]
-        key = (x.device, x.dtype, self.backend, os.environ.get(BACKEND_VARIABLE), torch.get_float32_matmul_precision())
-        key += tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
-        if self._cached_plan is None or self._cached_plan[0] != key:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type == "meta":
+            return None
+        key = (
+            x.device,
+            x.dtype,
+            self.backend,
+            os.environ.get(BACKEND_VARIABLE),
+            torch.get_float32_matmul_precision(),
+            torch.is_autocast_enabled(x.device.type),
+        )
+        # Outside QAT nothing but a replaced module makes a layer dynamic, and a cached plan notices that.
+        if self._state == QuantState.QAT and not self._is_static:
+            return None
+        cached = self._cached_plan
+        if cached is None or not cached.is_current(key):
+            # FSDP gathers weights anew for each forward pass, at addresses and version numbers that may repeat.
+            if not self._is_static or getattr(self, "_is_fsdp_managed_module", False):
+                return None
             with torch.no_grad():
-                self._cached_plan = (key, *prepare_plan(self._layer_weights(), x, self.backend))
-        self.last_path = self._cached_plan[2]
-        return self._cached_plan[1]
+                cached = CachedPlan(self, key, lambda: prepare_plan(self._layer_weights(), x, self.backend))
+            self._cached_plan = cached
+        if self.last_path is not cached.told:
+            self.last_path = cached.told
+        return cached.plan
 
     def _run(self, x: Tensor, h0: Tensor | None, mask: Tensor | None, reverse: bool) -> tuple[Tensor, Tensor]:
         """All states ``[T, B, H]`` and the last one ``[B, H]``, in fp32 where quantized."""
         if self._state == QuantState.FLOAT:
             return self._scan(x, h0, mask, reverse)
+        x, h0 = x.float(), None if h0 is None else h0.float()
+        if not torch.is_autocast_enabled(x.device.type):
+            return self._scan(x, h0, mask, reverse)
         # Codes are exact in fp32 only; autocast would round sums of products to half precision.
         with torch.autocast(x.device.type, enabled=False):
-            return self._scan(x.float(), None if h0 is None else h0.float(), mask, reverse)
+            return self._scan(x, h0, mask, reverse)
 
     def _scan(self, x: Tensor, h0: Tensor | None, mask: Tensor | None, reverse: bool) -> tuple[Tensor, Tensor]:
-        if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and x.device.type != "meta" and self._is_static:
-            if (plan := self._plan(x)) is not None:
-                return plan(x, h0, mask, reverse)
-        gi = self._input_product(x, mask)
+        if (plan := self._plan(x)) is not None:
+            return plan(x, h0, mask, reverse)
+        self._refuse_recomputation()
+        gi = self._with_idle_scales(self._input_product(x, mask))
         if h0 is None:
             h0 = gi.new_zeros(x.shape[1], self.hidden_size)
         inputs = ScanInputs(
             gi,
             h0,
-            self.weight_hidden.operand(),
+            self._operand(self.weight_hidden),
             self._bias(self.bias_hidden),
             self._scan_grids(),
             mask,
             reverse,
             quantized=self._state != QuantState.FLOAT,
         )
-        states, last, self.last_path = run_scan(inputs, self.backend)
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            # Only the scan, whose inputs are all at hand: weights, grids and observers outside are computed once, so that what is
+            # computed again is the same. The reentrant kind would lose the gradients of tensors inside ScanInputs.
+            run = self._gradient_checkpointing_func
+            states, last, self.last_path = run(run_scan, inputs, self.backend, use_reentrant=False)
+        else:
+            states, last, self.last_path = run_scan(inputs, self.backend)
         self._observe(inputs, states)
         return states, last
+
+    def _refuse_recomputation(self) -> None:
+        """Refuse to observe inside a backward pass: what is computed again there would see ranges that have moved meanwhile."""
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+            return
+        if any(module.is_observing for module in self.modules() if isinstance(module, FakeQuantize)):
+            raise RuntimeError(
+                "a layer whose observers are on is computed a second time, in the backward pass, and would observe twice; use "
+                "gradient_checkpointing_enable() of the model (in a GRULayer: gradient_checkpointing = True) instead of a "
+                "checkpoint around the layer, or switch the observers off"
+            )
+
+    def _with_idle_scales(self, gi: Tensor) -> Tensor:
+        """``gi``, with a gradient of zero for learned scales that are not in use yet: DDP waits for one of every parameter."""
+        if torch.is_grad_enabled():
+            for module in self.modules():
+                if isinstance(module, FakeQuantize) and not module.is_active:
+                    for scale in module.parameters(recurse=False):
+                        gi = gi + 0.0 * scale.sum()
+        return gi
 
     def _input_product(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """``x`` ``[T, B, I]`` → its product with bias, ``[T, B, 3, H]``."""
@@ -141,35 +202,37 @@ class GRUExecution(nn.Module):
         grid = None if self.x is None else _grid_for(self.x, rows, real)
         mid = self.weight_input.mid
         mid_grid = None if mid is None else lambda value: _grid_for(mid, value, real)
-        product = OperandProduct(self.weight_input.operand(), grid, mid_grid)(rows)
-        if self.bias_input is not None:
-            product = product + self._bias(self.bias_input)
+        product = run_product(self._operand(self.weight_input), grid, mid_grid, self._bias(self.bias_input), rows, self.backend)
         return product.unflatten(0, x.shape[:2])
 
     def _observe(self, inputs: ScanInputs, states: Tensor) -> None:
         """Show the saved sequence to the observers of the points inside the scan."""
         points = {"h": self.h, "state": self.state, "gates": self.gates, "mid_hidden": self.weight_hidden.mid}
-        watching = {name: q for name, q in points.items() if isinstance(q, FakeQuantize) and q.is_observing}
+        watching = {name: q for name, q in points.items() if isinstance(q, FakeQuantize) and q.is_watching}
         if not watching:
             return
 
         def tap(name: str, value: Tensor) -> None:
             if name in watching:
+                watching[name].measure(value)  # by the grid that this scan ran with
                 watching[name].observe(value)
 
         observe_scan(inputs, states.detach(), tap)
 
 
 def _fixed_grid(quantizer: FakeQuantize | FrozenGrid | None) -> Grid | None:
-    return None if quantizer is None else quantizer.grid()
+    return quantizer.grid() if _rounds(quantizer) else None
 
 
-def _grid_for(quantizer: FakeQuantize | FrozenGrid, value: Tensor, real: Tensor | None) -> Grid:
-    """The grid for a value that is at hand whole; it is observed first, padded rows left out."""
-    observing = isinstance(quantizer, FakeQuantize) and quantizer.is_observing
-    if not (observing or quantizer.is_dynamic):
-        return quantizer.grid()
-    seen = value if real is None else value[real]
-    if isinstance(quantizer, FakeQuantize):
+def _rounds(quantizer: FakeQuantize | FrozenGrid | None) -> bool:
+    return quantizer.is_active if isinstance(quantizer, FakeQuantize) else quantizer is not None
+
+
+def _grid_for(quantizer: FakeQuantize | FrozenGrid, value: Tensor, real: Tensor | None) -> Grid | None:
+    """The grid for a value that is at hand whole, if it is to be rounded; it is observed first, padded rows left out."""
+    watching = isinstance(quantizer, FakeQuantize) and quantizer.is_watching
+    seen = value if real is None or not (watching or quantizer.is_dynamic) else value[real]
+    if watching:
         quantizer.observe(seen)
-    return quantizer.grid(seen)
+        quantizer.measure(seen)
+    return quantizer.grid(seen) if _rounds(quantizer) else None

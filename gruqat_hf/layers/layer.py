@@ -91,7 +91,7 @@ class GRULayer(GRUBase):
         out, last = self._run(x, h0, mask, self.reverse)
         if mask is not None:
             out = out.masked_fill(~mask.unsqueeze(-1), 0.0)
-        out = out.to(x.dtype)
+        out = out if out.dtype == x.dtype else out.to(x.dtype)
         return (out.transpose(0, 1) if self.batch_first else out), last
 
     @classmethod

@@ -12,6 +12,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..quantization import FakeQuantize
+from ..quantization.ranks import all_ranks, is_main_rank
 
 
 class QuantState(str, Enum):
@@ -92,6 +93,8 @@ def run_calibration(
 ) -> None:
     """Run up to ``n_batches`` batches of ``loader`` through ``forward`` with observers on.
 
+    Under torch.distributed every rank must make the call, each with its own share of the data; it ends with the shortest.
+
     Raises:
         ValueError: n_batches below 1, or a loader that gave no batch.
     """
@@ -101,12 +104,16 @@ def run_calibration(
     if hasattr(loader, "__len__"):
         total = len(loader) if n_batches is None else min(n_batches, len(loader))
     seen = 0
-    with calibrating(module), tqdm(total=total, desc="calibrate", unit="batch", disable=not progress, leave=False) as bar:
-        for batch in loader:
+    show = progress and is_main_rank()
+    device = next((tensor.device for group in (module.parameters(), module.buffers()) for tensor in group), torch.device("cpu"))
+    batches, end = iter(loader), object()
+    with calibrating(module), tqdm(total=total, desc="calibrate", unit="batch", disable=not show, leave=False) as bar:
+        while seen != n_batches:
+            batch = next(batches, end)
+            if not all_ranks(batch is not end, device):
+                break
             forward(batch)
             seen += 1
             bar.update()
-            if seen == n_batches:
-                break
     if seen == 0:
         raise ValueError("calibrate(loader): the loader gave no batch; pass one that yields inputs")

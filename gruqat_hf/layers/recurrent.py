@@ -122,6 +122,7 @@ class GRUBase(GRUExecution):
             raise
         self.recipe = recipe
         self._state = QuantState.QAT
+        self._cached_plan = None
         return self.train(self.training)
 
     def _quantizer(
@@ -148,11 +149,12 @@ class GRUBase(GRUExecution):
         """qat → frozen: weights become integer codes, activation quantizers fixed grids.
 
         Raises:
-            LifecycleError: not in qat.
             LifecycleError: not in qat, or a quantizer has observed nothing yet; nothing is changed.
+            ValueError: a weight with NaN or infinity in it; nothing is changed.
         """
         require_state("freeze", self._state, QuantState.QAT)
         require_calibrated(self.uncalibrated())
+        self.require_finite()
         self.weight_input.freeze()
         self.weight_hidden.freeze()
         for point in ("x", "h", "state", "gates"):
@@ -160,6 +162,7 @@ class GRUBase(GRUExecution):
             if quantizer is not None:
                 setattr(self, point, FrozenGrid(quantizer).train(self.training))
         self._state = QuantState.FROZEN
+        self._cached_plan = None
         return self
 
     def abandon_qat(self) -> None:
@@ -168,6 +171,16 @@ class GRUBase(GRUExecution):
         self._drop_quantizers()
         self.recipe = None
         self._state = QuantState.FLOAT
+        self._cached_plan = None
+
+    def require_finite(self) -> None:
+        """Refuse to freeze weights with NaN or infinity in them.
+
+        Raises:
+            ValueError: naming the weight.
+        """
+        self.weight_input.require_finite()
+        self.weight_hidden.require_finite()
 
     def uncalibrated(self) -> list[str]:
         """Names of the quantizers that have no scale yet."""
@@ -190,6 +203,7 @@ class GRUBase(GRUExecution):
         self._drop_quantizers()
         self.recipe = None
         self._state = QuantState.FLOAT
+        self._cached_plan = None
         return self
 
     def _calibrate(self, loader: Iterable[Any], n_batches: int | None, progress: bool) -> None:

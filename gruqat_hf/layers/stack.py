@@ -163,11 +163,13 @@ class GRUStack(nn.Module):
         """qat → frozen in every layer.
 
         Raises:
-            LifecycleError: not in qat.
-            RuntimeError: a quantizer has observed nothing yet; no layer is changed.
+            LifecycleError: not in qat, or a quantizer has observed nothing yet; no layer is changed.
+            ValueError: a weight with NaN or infinity in it; no layer is changed.
         """
         require_state("freeze", self.quant_state, QuantState.QAT)
         require_calibrated(self.uncalibrated())
+        for layer in self.flat_layers():
+            layer.require_finite()
         for layer in self.flat_layers():
             layer.freeze()
         return self

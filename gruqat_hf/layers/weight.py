@@ -81,6 +81,7 @@ class StructuredWeight(KeepsFloat32, nn.Module):
                 name = f"{self.name}.{factor_name}"
                 layout = ScaleLayout.of_weight(weight, shape, self.structure.rows_share_values, name)
                 quantizer = scheme_class(weight.scheme)(weight, layout, name=name, known_range=None, device=device)
+                quantizer.observer.replicated = True
                 if device.type != "meta":
                     quantizer.initialise(factor.values)
                 self.quantizers[factor_name] = quantizer
@@ -99,13 +100,15 @@ class StructuredWeight(KeepsFloat32, nn.Module):
         if self._frozen:
             return self._operand_type(**self._frozen_factors())
         assert self.structure is not None
-        operand = self.structure.lower()
+        # Called as a module, not by lower(): hooks that bring offloaded parameters to the device run on calls.
+        operand = self.structure()
         if not self.quantizers:
             return operand
         factors: dict[str, Factor] = {}
         for factor_name, quantizer in self.quantizers.items():
-            codes, scale = quantizer.quantize_weight(operand.factors[factor_name].values)
-            factors[factor_name] = Factor(codes, scale, quantizer.config.qmax)
+            factor = operand.factors[factor_name]
+            quantized = quantizer.quantize_weight(factor.values)
+            factors[factor_name] = factor if quantized is None else Factor(*quantized, quantizer.config.qmax)
         return operand.replace(factors)
 
     def _frozen_factors(self) -> dict[str, Factor]:
@@ -119,11 +122,24 @@ class StructuredWeight(KeepsFloat32, nn.Module):
             for factor_name, frozen in self._frozen.items()
         }
 
+    def require_finite(self) -> None:
+        """Refuse to freeze weights with NaN or infinity in them: they have no codes.
+
+        Raises:
+            ValueError: naming the weight.
+        """
+        for factor_name, factor in self._float_operand().factors.items() if self.quantizers else ():
+            if factor.values.device.type != "meta" and not bool(torch.isfinite(factor.values).all()):
+                raise ValueError(
+                    f"freeze(): {self.name}.{factor_name} holds NaN or infinity; load a checkpoint from before training diverged"
+                )
+
     @torch.no_grad()
     def freeze(self) -> None:
         """Replace the parameters by integer codes, if the weight is quantized, and the mid quantizer by its grid."""
         if self.quantizers:
             assert self.structure is not None
+            self.quantizers.eval()  # what is frozen is what eval mode computes with: all rounded, nothing observed once more
             operand = self.operand()
             self.structure_class = type(self.structure)
             codes = {name: factor.values.to(torch.int8) for name, factor in operand.factors.items()}
@@ -138,6 +154,7 @@ class StructuredWeight(KeepsFloat32, nn.Module):
             self.quantizers = nn.ModuleDict()
         if isinstance(self.mid, FakeQuantize):
             self.mid = FrozenGrid(self.mid)
+        self.train(self.training)  # the new modules too
 
     @torch.no_grad()
     def dequantize(self, dtype: torch.dtype) -> None:

@@ -26,6 +26,10 @@ POINTS: dict[str, tuple[str, ...]] = {
 SCAN_POINTS = frozenset({"h", "state", "mid_hidden", "gates"})
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 @dataclass(frozen=True)
 class QuantizerConfig:
     """How one value is put on an integer grid (design: ``q = clamp(rint(v / scale) + zero_point, qmin, qmax)``).
@@ -65,6 +69,9 @@ class QuantizerConfig:
             raise ValueError(f"QuantizerConfig.bits must be 2 to 8, or 16 for the carried state, got {self.bits!r}")
         if self.granularity not in GRANULARITIES:
             raise ValueError(f"QuantizerConfig.granularity must be one of {', '.join(GRANULARITIES)}, got {self.granularity!r}")
+        for name in ("scheme", "observer"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"QuantizerConfig.{name} must be a name, got {getattr(self, name)!r}")
         if self.granularity == "group":
             if isinstance(self.group_size, bool) or not isinstance(self.group_size, int) or self.group_size < 1:
                 raise ValueError(f"granularity 'group' needs QuantizerConfig.group_size of at least 1, got {self.group_size!r}")
@@ -74,9 +81,9 @@ class QuantizerConfig:
             )
         if not isinstance(self.symmetric, bool):
             raise ValueError(f"QuantizerConfig.symmetric must be True or False, got {self.symmetric!r}")
-        if not 0.0 <= self.ema_decay < 1.0:
+        if not _is_number(self.ema_decay) or not 0.0 <= self.ema_decay < 1.0:
             raise ValueError(f"QuantizerConfig.ema_decay must lie in [0, 1), got {self.ema_decay!r}")
-        if not 50.0 < self.percentile <= 100.0:
+        if not _is_number(self.percentile) or not 50.0 < self.percentile <= 100.0:
             raise ValueError(f"QuantizerConfig.percentile must lie in (50, 100], got {self.percentile!r}")
         self._check_fixed()
 
@@ -84,12 +91,12 @@ class QuantizerConfig:
         if self.scale is not None:
             if self.observer != "fixed":
                 raise ValueError(f"QuantizerConfig.scale={self.scale!r} needs observer='fixed', got {self.observer!r}")
-            if not (isinstance(self.scale, (int, float)) and math.isfinite(self.scale) and self.scale > 0):
+            if not (_is_number(self.scale) and math.isfinite(self.scale) and self.scale > 0):
                 raise ValueError(f"QuantizerConfig.scale must be a positive finite number, got {self.scale!r}")
         if self.zero_point is not None:
             if self.observer != "fixed" or self.symmetric:
                 raise ValueError(f"QuantizerConfig.zero_point={self.zero_point!r} needs observer='fixed' and symmetric=False")
-            if not self.qmin <= self.zero_point <= self.qmax:
+            if not (_is_number(self.zero_point) and self.qmin <= self.zero_point <= self.qmax):
                 raise ValueError(f"QuantizerConfig.zero_point must lie in [{self.qmin}, {self.qmax}], got {self.zero_point!r}")
 
     @property

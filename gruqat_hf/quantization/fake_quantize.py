@@ -9,6 +9,7 @@ from .config import QuantizerConfig
 from .fp32 import KeepsFloat32
 from .granularity import ScaleLayout
 from .grid import Grid
+from .meter import SaturationMeter
 from .observers import build_observer
 
 #: Smallest scale: a range of nothing but zeros still has a grid, and 1/scale stays finite.
@@ -31,6 +32,8 @@ class FakeQuantize(KeepsFloat32, nn.Module):
         scale: fp32, ``layout.scale_shape``; also ``zero_point``, int32 of the same shape, if the config is affine.
         observer_enabled: whether forward passes in training mode update the observer.
         calibrating: whether forward passes update the observer in eval mode too.
+        fake_quant_enabled: whether forward passes in training mode round. In eval mode they always do, as the frozen model will.
+        meter: given one, it counts the values that are clipped.
     """
 
     scale: Tensor
@@ -55,6 +58,8 @@ class FakeQuantize(KeepsFloat32, nn.Module):
         self.observer = build_observer(config, layout, device)
         self.observer_enabled = True
         self.calibrating = False
+        self.fake_quant_enabled = True
+        self.meter: SaturationMeter | None = None
         self._calibrated: bool | None = None
         values = self.initial_values(device)
         self._register_scale(values["scale"])
@@ -117,6 +122,25 @@ class FakeQuantize(KeepsFloat32, nn.Module):
         wanted = self.calibrating or (self.training and self.observer_enabled)
         return wanted and not self.is_dynamic and self.config.observer != "fixed"
 
+    @property
+    def is_active(self) -> bool:
+        """Whether the coming forward pass rounds; otherwise it computes with the value as it is."""
+        return self.fake_quant_enabled or not self.training
+
+    @property
+    def is_watching(self) -> bool:
+        """Whether the coming forward pass must show this quantizer its value."""
+        return self.is_observing or self.meter is not None
+
+    @torch.no_grad()
+    def measure(self, value: Tensor) -> None:
+        """If there is a meter and a scale, count the values ``[..., *layout.shape]`` that the present grid clips."""
+        if self.meter is not None and self.is_calibrated:
+            self.meter.add(self._expanded(self.grid(value)).clips(value))
+
+    def _expanded(self, grid: Grid) -> Grid:
+        return Grid(grid.scale, self.layout.expand(grid.inv_scale), grid.low, grid.high, grid.magnitude)
+
     def initialise(self, value: Tensor) -> None:
         """Observe ``value`` once whatever the mode: for a weight, which is there before any batch."""
         calibrating, self.calibrating = self.calibrating, True
@@ -167,12 +191,15 @@ class FakeQuantize(KeepsFloat32, nn.Module):
         scale, zero_point = self.current_scale(value)
         return Grid.build(scale, zero_point, self.config.qmin, self.config.qmax)
 
-    def quantize_weight(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """fp32 codes of a weight ``layout.shape``, with straight-through gradient, and the scales ``layout.scale_shape``."""
+    def quantize_weight(self, weight: Tensor) -> tuple[Tensor, Tensor] | None:
+        """fp32 codes of a weight ``layout.shape``, with straight-through gradient, and the scales ``layout.scale_shape``; None
+        where this quantizer only watches."""
         self.observe(weight)
+        self.measure(weight)
+        if not self.is_active:
+            return None
         grid = self.grid(weight)
-        expanded = Grid(grid.scale, self.layout.expand(grid.inv_scale), grid.low, grid.high, grid.magnitude)
-        return expanded.codes(weight), grid.scale
+        return self._expanded(grid).codes(weight), grid.scale
 
     def extra_repr(self) -> str:
         if self.scale.device.type == "meta" or self.is_calibrated:

@@ -52,6 +52,11 @@ class Grid:
         rounded = _RoundStraightThrough.apply(value.to(torch.float32) * self.inv_scale)
         return torch.clamp(rounded, self.low, self.high)
 
+    def clips(self, value: Tensor) -> Tensor:
+        """Whether a value lies beyond the grid's ends; bool, shaped like ``codes(value)``."""
+        rounded = torch.round(value.to(torch.float32) * self.inv_scale)
+        return (rounded < self.low) | (rounded > self.high)
+
     def round_trip(self, value: Tensor) -> Tensor:
         """``value`` as the grid represents it: ``codes(value) * scale``, fp32."""
         return self.codes(value) * self.scale

@@ -41,6 +41,14 @@ class LearnedStepSize(FakeQuantize):
     def is_observing(self) -> bool:
         return super().is_observing and not self.is_calibrated
 
+    def _set_scale(self) -> None:
+        if getattr(self, "_is_fsdp_managed_module", False):
+            raise RuntimeError(
+                f"quantizer {self.name!r} learns its scale and has none to start from, and here it is spread over the ranks; "
+                "call calibrate(loader) before fully_shard()"
+            )
+        super()._set_scale()
+
     def current_scale(self, value: Tensor | None) -> tuple[Tensor, Tensor | None]:
         factor = 1.0 / math.sqrt(self.layout.values_per_scale * self.config.qmax)
         return _ScaleGradient.apply(self.scale, factor).abs().clamp_min(MIN_SCALE), self.zero_point

@@ -11,13 +11,10 @@ from torch import Tensor, nn
 from .config import QuantizerConfig
 from .fp32 import KeepsFloat32
 from .granularity import ScaleLayout
+from .ranks import is_distributed
 
 #: A percentile is taken over at most this many values in all, evenly spaced: torch.quantile has a limit, and time has one too.
 _PERCENTILE_SAMPLE = 1 << 22
-
-
-def _is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 class Observer(KeepsFloat32, nn.Module):
@@ -25,6 +22,9 @@ class Observer(KeepsFloat32, nn.Module):
 
     Subclasses define :meth:`merge`. Under torch.distributed the ranges of all ranks are reduced before they are merged, so that
     every rank holds the same range.
+
+    Attributes:
+        replicated: whether all ranks are shown the same tensors, as with a weight, so that there is nothing to reduce.
     """
 
     min_val: Tensor
@@ -35,6 +35,7 @@ class Observer(KeepsFloat32, nn.Module):
         super().__init__()
         self.config = config
         self.layout = layout
+        self.replicated = False
         for name, value in self.initial_values(device).items():
             self.register_buffer(name, value)
 
@@ -65,14 +66,14 @@ class Observer(KeepsFloat32, nn.Module):
     def update(self, value: Tensor) -> None:
         """Take ``value`` ``[..., *layout.shape]`` into the range.
 
-        An empty tensor, and one with NaN or infinity in it, is left out. Every rank of a distributed run must make the call: it
-        waits for the others.
+        An empty tensor, and one with NaN or infinity in it, is left out. Every rank of a distributed run must make the call,
+        unless the tensors are replicated: it waits for the others.
         """
         if value.numel():
             low, high = self.range_of(value.detach().to(torch.float32))
         else:
             low, high = torch.full_like(self.min_val, torch.inf), torch.full_like(self.max_val, -torch.inf)
-        if _is_distributed():
+        if is_distributed() and not self.replicated:
             low, high = self.over_ranks(low.contiguous(), high.contiguous())
         seen = (torch.isfinite(low) & torch.isfinite(high)).all()
         first = self.count == 0

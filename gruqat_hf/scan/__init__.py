@@ -1,9 +1,14 @@
 """Scans over time: the reference that defines them, and the table that chooses an implementation."""
 
-from .dispatch import BACKEND_VARIABLE, BACKENDS, Backend, Plan, prepare_plan, run_scan
+from .cpu import BACKEND as _CPU
+from .dispatch import BACKEND_VARIABLE, BACKENDS, Backend, Plan, prepare_plan, run_product, run_scan
 from .inputs import LayerWeights, ScanGrids, ScanInputs
 from .product import OperandProduct
 from .reference import observe_scan, scan_reference
+from .triton import BACKEND as _TRITON
+
+BACKENDS.insert(-1, _CPU)
+BACKENDS.insert(0, _TRITON)
 
 __all__ = [
     "BACKENDS",
@@ -16,6 +21,7 @@ __all__ = [
     "ScanInputs",
     "observe_scan",
     "prepare_plan",
+    "run_product",
     "run_scan",
     "scan_reference",
 ]

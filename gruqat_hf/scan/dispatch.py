@@ -9,7 +9,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..operands import Operand
+from ..quantization import Grid
 from .inputs import LayerWeights, ScanInputs
+from .product import OperandProduct
 from .reference import scan_reference
 
 logger = logging.getLogger("gruqat_hf")
@@ -32,12 +35,14 @@ class Backend:
         refuses: why it cannot run a scan, or None if it can.
         run: all states ``[T, B, H]`` and the last one ``[B, H]``; differentiable.
         prepare: inference of a whole layer for inputs like the one given, or the reason why there is none; None if it never has.
+        product: the input product of rows ``[R, I]`` with bias, ``[R, gates, H]``, or None for the general one; differentiable.
     """
 
     name: str
     refuses: Callable[[ScanInputs], str | None]
     run: Callable[[ScanInputs], tuple[Tensor, Tensor]]
     prepare: Callable[[LayerWeights, Tensor], Plan | str] | None = None
+    product: Callable[[Operand, Grid | None, Tensor | None, Tensor], Tensor | None] | None = None
 
 
 #: In order of preference; the reference runs everything and comes last.
@@ -112,3 +117,23 @@ def prepare_plan(weights: LayerWeights, x: Tensor, forced: str | None = None) ->
             return plan, _tell(backend, reasons, is_forced)
         reasons.append(f"{backend.name}: {plan}")
     return None, "; ".join(reasons)
+
+
+def run_product(
+    operand: Operand,
+    grid: Grid | None,
+    mid_grid: Grid | Callable[[Tensor], Grid | None] | None,
+    bias: Tensor | None,
+    rows: Tensor,
+    forced: str | None = None,
+) -> Tensor:
+    """The input product of rows ``[R, I]`` with bias ``[gates, H]``, ``[R, gates, H]``, by the first backend that has its own.
+
+    Args:
+        grid, mid_grid: as :class:`OperandProduct` takes them.
+    """
+    for backend in _candidates(forced)[0]:
+        if backend.product is not None and (found := backend.product(operand, grid, bias, rows)) is not None:
+            return found
+    product = OperandProduct(operand, grid, mid_grid)(rows)
+    return product if bias is None else product + bias

@@ -85,13 +85,13 @@ class OperandProduct:
     Args:
         operand: the weights, float or quantized.
         grid: of the input; None leaves it in float.
-        mid_grid: of the value between the factors of a monarch operand, or a function that gives it for the value at hand,
-            ``[rows, 1 or gates, blocks, rank]``.
+        mid_grid: of the value between the factors of a monarch operand, or a function that gives it (or None) for the value at
+            hand, ``[rows, 1 or gates, blocks, rank]``.
 
     Calling it with ``[rows, in_features]`` gives ``[rows, gates, out_features]``.
     """
 
-    def __init__(self, operand: Operand, grid: Grid | None, mid_grid: Grid | Callable[[Tensor], Grid] | None = None) -> None:
+    def __init__(self, operand: Operand, grid: Grid | None, mid_grid: Grid | Callable[[Tensor], Grid | None] | None = None) -> None:
         self.operand, self.mid_grid = operand, mid_grid
         self._diagonal = self._first = self._second = None
         if isinstance(operand, DiagonalOperand):

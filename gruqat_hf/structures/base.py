@@ -89,6 +89,10 @@ class Structure(nn.Module, ABC):
     def lower(self) -> Operand:
         """The float operand, of the parameters' dtype; ordinary PyTorch, so gradients reach the parameters."""
 
+    def forward(self) -> Operand:
+        """:meth:`lower`, as a call that module hooks see."""
+        return self.lower()
+
     def reset_parameters(self) -> None:
         """Draw the parameters anew, in place."""
         with torch.no_grad():

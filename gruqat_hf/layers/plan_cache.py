@@ -1,0 +1,71 @@
+"""A prepared plan, and whether the weights and modules that it was made from are still what they were."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from ..scan import Plan
+
+
+logger = logging.getLogger("gruqat_hf")
+
+
+@cache
+def _tell_once() -> None:
+    logger.warning(
+        "a layer's weights were made under torch.inference_mode, where PyTorch does not count changes to them, so they are compared "
+        "as a whole at every call; build or load the model outside of it, and only run it inside"
+    )
+
+
+class CachedPlan:
+    """What ``prepare_plan`` gave for a module, good until a tensor or a module in it is changed in place, replaced, added or moved.
+
+    Checking costs some microseconds, as a single streamed step must not wait for it. A change behind autograd's back, through
+    ``tensor.data``, goes unseen like everywhere else in PyTorch where version counters are read.
+
+    Args:
+        module: whose tensors and modules, at any depth, are watched.
+        key: everything else that the plan depends on.
+        prepare: makes the plan, and says which backend it is of and why; None where no backend has one.
+    """
+
+    def __init__(self, module: nn.Module, key: object, prepare: Callable[[], tuple[Plan | None, str]]) -> None:
+        tables = [
+            table for child in module.modules() for table in (child._parameters, child._buffers, child._modules)
+        ]
+        # Read before the plan is made: what changes meanwhile, in another thread, then counts as a change.
+        self._sizes = [(table, len(table)) for table in tables]
+        self._slots = [(table, name, value) for table in tables for name, value in table.items()]
+        tensors = [value for _, _, value in self._slots if isinstance(value, Tensor)]
+        self._versions = [(t, t._version, t.data_ptr()) for t in tensors if not t.is_inference()]
+        self._contents = [(t, _fingerprint(t)) for t in tensors if t.is_inference()]
+        if self._contents:
+            _tell_once()
+        self._key = key
+        self.plan, self.told = prepare()
+
+    def is_current(self, key: object) -> bool:
+        """Whether the plan still holds, and for ``key``."""
+        if key != self._key:
+            return False
+        for table, size in self._sizes:
+            if len(table) != size:
+                return False
+        for table, name, value in self._slots:
+            if table.get(name) is not value:
+                return False
+        for tensor, version, address in self._versions:
+            if tensor._version != version or tensor.data_ptr() != address:
+                return False
+        return all(_fingerprint(tensor) == content for tensor, content in self._contents)
+
+
+def _fingerprint(tensor: Tensor) -> tuple[int, int]:
+    """Of a tensor made under inference_mode, which counts no versions: its address and a hash of what it holds."""
+    return tensor.data_ptr(), hash(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
