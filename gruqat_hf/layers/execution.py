@@ -65,16 +65,18 @@ class GRUExecution(nn.Module):
         return {**self.__dict__, "_cached_plan": None}
 
     def _layer_weights(self) -> LayerWeights:
-        """Weights and grids as they stand; only where no grid depends on the input and nothing observes."""
+        """Weights and grids as they stand; only where :attr:`_is_static`."""
+        is_dynamic = self.x is not None and self.x.is_dynamic
         return LayerWeights(
             input=self._operand(self.weight_input),
             hidden=self._operand(self.weight_hidden),
             bias_input=self._bias(self.bias_input),
             bias_hidden=self._bias(self.bias_hidden),
-            x=_fixed_grid(self.x),
+            x=None if is_dynamic else _fixed_grid(self.x),
             mid_input=_fixed_grid(self.weight_input.mid),
             grids=self._scan_grids(),
             quantized=self._state != QuantState.FLOAT,
+            dynamic_x=self.x.grid if is_dynamic else None,
         )
 
     def _operand(self, weight: StructuredWeight) -> Operand:
@@ -103,9 +105,9 @@ class GRUExecution(nn.Module):
 
     @property
     def _is_static(self) -> bool:
-        """Whether the coming forward pass reads grids that are fixed beforehand and changes nothing."""
+        """Whether the coming forward pass reads grids that are fixed beforehand, but for that of x, and changes nothing."""
         weights = (q for w in (self.weight_input, self.weight_hidden) for q in w.quantizers.values())
-        if any(quantizer.is_dynamic for quantizer in self._quantizers()):
+        if any(quantizer.is_dynamic for quantizer in self._quantizers() if quantizer is not self.x):
             return False
         fake = (q for q in (*self._quantizers(), *weights) if isinstance(q, FakeQuantize))
         return all(quantizer.is_active and not quantizer.is_watching for quantizer in fake)
@@ -217,7 +219,7 @@ class GRUExecution(nn.Module):
                 watching[name].measure(value)  # by the grid that this scan ran with
                 watching[name].observe(value)
 
-        observe_scan(inputs, states.detach(), tap)
+        observe_scan(inputs, states.detach(), watching, tap)
 
 
 def _fixed_grid(quantizer: FakeQuantize | FrozenGrid | None) -> Grid | None:

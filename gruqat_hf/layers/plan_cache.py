@@ -11,20 +11,19 @@ from torch import Tensor, nn
 
 from ..scan import Plan
 
-
 logger = logging.getLogger("gruqat_hf")
 
 
 @cache
 def _tell_once() -> None:
     logger.warning(
-        "a layer's weights were made under torch.inference_mode, where PyTorch does not count changes to them, so they are compared "
-        "as a whole at every call; build or load the model outside of it, and only run it inside"
+        "a layer's weights were made under torch.inference_mode, where PyTorch does not count changes to them, so they are "
+        "compared as a whole at every call; build or load the model outside of it, and only run it inside"
     )
 
 
 class CachedPlan:
-    """What ``prepare_plan`` gave for a module, good until a tensor or a module in it is changed in place, replaced, added or moved.
+    """What ``prepare_plan`` gave for a module, good until a tensor or module in it is changed in place, replaced, added or moved.
 
     Checking costs some microseconds, as a single streamed step must not wait for it. A change behind autograd's back, through
     ``tensor.data``, goes unseen like everywhere else in PyTorch where version counters are read.
@@ -36,9 +35,7 @@ class CachedPlan:
     """
 
     def __init__(self, module: nn.Module, key: object, prepare: Callable[[], tuple[Plan | None, str]]) -> None:
-        tables = [
-            table for child in module.modules() for table in (child._parameters, child._buffers, child._modules)
-        ]
+        tables = [table for child in module.modules() for table in (child._parameters, child._buffers, child._modules)]
         # Read before the plan is made: what changes meanwhile, in another thread, then counts as a change.
         self._sizes = [(table, len(table)) for table in tables]
         self._slots = [(table, name, value) for table in tables for name, value in table.items()]

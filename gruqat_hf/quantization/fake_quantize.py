@@ -202,6 +202,11 @@ class FakeQuantize(KeepsFloat32, nn.Module):
         return self._expanded(grid).codes(weight), grid.scale
 
     def extra_repr(self) -> str:
+        if not self.fake_quant_enabled:
+            return self._described() + ", not rounding in training"
+        return self._described()
+
+    def _described(self) -> str:
         if self.scale.device.type == "meta" or self.is_calibrated:
             return describe(self.config, None if self.is_dynamic else self.scale)
         return describe(self.config, None) + ", nothing observed yet"

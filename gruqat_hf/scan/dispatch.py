@@ -35,6 +35,7 @@ class Backend:
         refuses: why it cannot run a scan, or None if it can.
         run: all states ``[T, B, H]`` and the last one ``[B, H]``; differentiable.
         prepare: inference of a whole layer for inputs like the one given, or the reason why there is none; None if it never has.
+        prepares_dynamic_x: whether it does so for an input grid that is taken from each input.
         product: the input product of rows ``[R, I]`` with bias, ``[R, gates, H]``, or None for the general one; differentiable.
     """
 
@@ -42,6 +43,7 @@ class Backend:
     refuses: Callable[[ScanInputs], str | None]
     run: Callable[[ScanInputs], tuple[Tensor, Tensor]]
     prepare: Callable[[LayerWeights, Tensor], Plan | str] | None = None
+    prepares_dynamic_x: bool = False
     product: Callable[[Operand, Grid | None, Tensor | None, Tensor], Tensor | None] | None = None
 
 
@@ -110,7 +112,7 @@ def prepare_plan(weights: LayerWeights, x: Tensor, forced: str | None = None) ->
     candidates, is_forced = _candidates(forced)
     reasons: list[str] = []
     for backend in candidates:
-        if backend.prepare is None:
+        if backend.prepare is None or (weights.dynamic_x is not None and not backend.prepares_dynamic_x):
             continue
         plan = backend.prepare(weights, x)
         if not isinstance(plan, str):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -42,6 +43,8 @@ class LayerWeights:
         x, mid_input: grids of the input product's points, or None.
         grids: of the points inside the scan.
         quantized: whether gates are the portable ones.
+        dynamic_x: gives the grid of x for the rows of a call, ``[R, I]`` without padded ones, where it is taken from each input;
+            ``x`` is None then.
     """
 
     input: Operand
@@ -52,6 +55,7 @@ class LayerWeights:
     mid_input: Grid | None
     grids: ScanGrids
     quantized: bool
+    dynamic_x: Callable[[Tensor], Grid] | None = None
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,9 @@ from ..quantization import Grid
 #: Called with a quantization point's name and its value before rounding, ``[rows, ...]``.
 Tap = Callable[[str, Tensor], None]
 
+#: Gives the grid, or None, for a value that is at hand whole.
+GridOf = Callable[[Tensor], "Grid | None"]
+
 
 class _BlockProduct:
     """One block-diagonal factor ``[gates, blocks, out, in]`` times ``[rows, 1 or gates, blocks, in]``.
@@ -91,7 +94,7 @@ class OperandProduct:
     Calling it with ``[rows, in_features]`` gives ``[rows, gates, out_features]``.
     """
 
-    def __init__(self, operand: Operand, grid: Grid | None, mid_grid: Grid | Callable[[Tensor], Grid | None] | None = None) -> None:
+    def __init__(self, operand: Operand, grid: Grid | None, mid_grid: Grid | GridOf | None = None) -> None:
         self.operand, self.mid_grid = operand, mid_grid
         self._diagonal = self._first = self._second = None
         if isinstance(operand, DiagonalOperand):
@@ -108,8 +111,7 @@ class OperandProduct:
     def __call__(self, x: Tensor, tap: Tap | None = None) -> Tensor:
         if self._diagonal is not None:
             return self._diagonal(x)
-        assert self._first is not None
-        y = self._first(x.unflatten(-1, (1, self._first.blocks, -1)))
+        y = self.first_product(x)
         if not isinstance(self.operand, MonarchOperand):
             return y.flatten(2)
         if tap is not None:
@@ -120,3 +122,8 @@ class OperandProduct:
             second = _BlockProduct(self.operand.second, self.mid_grid(y))
         mid = y.flatten(2).unflatten(-1, (-1, second.blocks)).transpose(-1, -2)  # [rows, 1 or gates, blocks, in]
         return second(mid).transpose(-1, -2).flatten(2)
+
+    def first_product(self, x: Tensor) -> Tensor:
+        """``x`` ``[rows, in_features]`` times the first block-diagonal factor, ``[rows, 1 or gates, blocks, rank]``."""
+        assert self._first is not None
+        return self._first(x.unflatten(-1, (1, self._first.blocks, -1)))

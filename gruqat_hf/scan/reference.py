@@ -10,6 +10,8 @@ as in torch.nn.GRU; quantized, each value goes through its grid and each operati
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
@@ -76,20 +78,26 @@ def scan_reference(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def observe_scan(inputs: ScanInputs, states: Tensor, tap: Tap) -> None:
-    """Show ``tap`` what every quantization point of a finished scan saw, from its saved states ``[T, B, H]``.
+def observe_scan(inputs: ScanInputs, states: Tensor, points: Collection[str], tap: Tap) -> None:
+    """Show ``tap`` what the quantization points ``points`` of a finished scan saw, from its saved states ``[T, B, H]``.
 
-    All steps are computed again as rows of one batch: values that a grid clipped during the scan are seen before clipping, and no
-    observer is called step by step. Padded steps are left out.
+    All steps are computed again as rows of one batch, as far as the points need it: values that a grid clipped during the scan
+    are seen before clipping, and no observer is called step by step. Padded steps are left out. Other points may be shown too.
     """
     h0 = inputs.h0 if inputs.grids.state is None else inputs.grids.state.round_trip(inputs.h0)
     if inputs.reverse:
         before = torch.cat([states[1:], h0.unsqueeze(0)])
     else:
         before = torch.cat([h0.unsqueeze(0), states[:-1]])
-    gi, before = inputs.gi.flatten(0, 1), before.flatten(0, 1)
-    if inputs.mask is not None:
-        rows = inputs.mask.flatten()
-        gi, before = gi[rows], before[rows]
+    rows = None if inputs.mask is None else inputs.mask.flatten()
+    before = before.flatten(0, 1) if rows is None else before.flatten(0, 1)[rows]
+    if set(points) == {"h"}:
+        tap("h", before)
+        return
     product = OperandProduct(inputs.operand, inputs.grids.h, inputs.grids.mid)
+    if set(points) <= {"h", "mid_hidden"}:
+        tap("h", before)
+        tap("mid_hidden", product.first_product(before))
+        return
+    gi = inputs.gi.flatten(0, 1) if rows is None else inputs.gi.flatten(0, 1)[rows]
     gru_step(gi, before, product, inputs.bias, inputs.grids, inputs.quantized, tap)
