@@ -1,0 +1,54 @@
+"""Scans as Triton kernels: one launch for all steps forward, one backward. Importing this needs neither triton nor a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from ...operands import BlockDiagonalOperand, Factor, MonarchOperand
+from ..dispatch import Backend, Plan
+from ..inputs import LayerWeights, ScanInputs
+from .choice import choose
+from .ops import RECOMPUTE_VARIABLE, scan
+from .plan import prepare_plan
+from .spec import spec_of
+from .training_product import training_product
+
+__all__ = ["BACKEND", "RECOMPUTE_VARIABLE"]
+
+
+def _choose(inputs: ScanInputs) -> tuple[ScanInputs, str | None, str]:
+    """The scan as a family takes it, that family, and why there is none.
+
+    Two float factors that their own kernels cannot take are multiplied out; quantized ones define their bits as they are.
+    """
+    family, reason = choose(inputs)
+    if family is None and not inputs.quantized and isinstance(inputs.operand, MonarchOperand):
+        dense = BlockDiagonalOperand(Factor(inputs.operand.to_dense().unsqueeze(1)))
+        composed = replace(inputs, operand=dense)
+        family, _ = choose(composed)
+        if family is not None:
+            return composed, family, ""
+    return inputs, family, reason
+
+
+def _refuses(inputs: ScanInputs) -> str | None:
+    _, family, reason = _choose(inputs)
+    return reason if family is None else None
+
+
+def _run(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
+    inputs, family, reason = _choose(inputs)
+    if family is None:
+        raise RuntimeError(f"no Triton kernel runs this scan: {reason}")
+    state = inputs.grids.state
+    h0 = inputs.h0 if state is None else state.round_trip(inputs.h0)
+    return scan(inputs.gi, h0, spec_of(inputs), inputs.mask, inputs.reverse, family, inputs.needs_grad)
+
+
+def _prepare(weights: LayerWeights, x: Tensor) -> Plan | str:
+    return prepare_plan(weights, x)
+
+
+BACKEND = Backend("triton", _refuses, _run, _prepare, training_product)

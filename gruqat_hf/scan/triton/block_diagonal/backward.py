@@ -1,0 +1,222 @@
+"""Backward scan of a block-diagonal operand."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..device import device_facts
+from ..family import KernelCall, ScanGradients
+from ..math import count, gru_gradients, in_range, load_grid, put, unpack_halves
+from ..spec import ScanSpec, fp32_precision, pack_grid
+from ..weight_gradient import weight_gradient
+from . import ROWS, backward_stages, is_resident, padded_size, streamed
+from .forward import multiply
+from .weights import packed
+
+#: Steps between two looks at the size of gradients.
+_RESCALE = 16
+
+
+@triton.jit(do_not_specialize=["T", "B"])
+def _backward(
+    h0, mask, states, gates, dstates, dlast, dgi, dgh_n, dh0, adjoint, sums, largest_gradient, weight, h_grid, T, B,
+    H: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, COPIES: tl.constexpr,
+    STAGES: tl.constexpr, RESCALE: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Program (k, j): block k of rows j * ROWS and on, from the last step of the scan to the first.
+
+    ``weight`` is transposed, ``[3, nblocks, in, out]``. ``sums`` ``[3, row tiles, H]`` takes the program's sums of the gradients
+    of the hidden product.
+
+    With weights in fp16, gradients are multiplied by a power of two for the product, one for each row, that brings the larger of
+    the carry and of all ``dstates`` (``largest_gradient``) near 2**4. It is taken anew every RESCALE steps; in between gradients
+    may grow 2**11 times.
+    """
+    k = tl.program_id(0)
+    s = tl.arange(0, BLOCK)
+    b = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    c = k * SIZE + s
+    tile = weight + (k * BLOCK + s[:, None]) * BLOCK + s[None, :]
+    gate_stride = (H // SIZE) * BLOCK * BLOCK
+    w_r = tl.load(tile)
+    w_z = tl.load(tile + gate_stride)
+    w_n = tl.load(tile + 2 * gate_stride)
+    PACKED: tl.constexpr = gates.dtype.element_ty == tl.int64
+    HALF: tl.constexpr = weight.dtype.element_ty == tl.float16
+    if h_grid is not None:
+        _, h_inv, h_low, h_high = load_grid(h_grid, 0, 1)
+
+    row = tl.cast(B, tl.int64) * H
+    start = tl.cast(T - 1, tl.int64)
+    sign = -1
+    if REVERSE:
+        start = tl.cast(0, tl.int64)
+        sign = 1
+    step = row * sign
+    inside = (s < SIZE)[:, None] & (b < B)[None, :]
+    offset = b[None, :] * H + c[:, None]
+    initial = tl.load(h0 + offset, mask=inside, other=0.0).to(tl.float32)
+    carry = tl.load(dlast + offset, mask=inside, other=0.0).to(tl.float32)
+    up = tl.zeros((1, ROWS), tl.float32)
+    down = up
+    if HALF:
+        peak = tl.load(largest_gradient)
+    wide = b[None, :] * H * 3 + c[:, None]
+    at = start * row
+    db_r = tl.zeros((BLOCK, ROWS), tl.float32)
+    db_z = db_r
+    db_n = db_r
+    for i in tl.range(0, count(T), num_stages=STAGES):
+        if PACKED:
+            r, z, n, hn = unpack_halves(tl.load(gates + at + offset, mask=inside, other=0))
+        else:
+            gates_p = gates + at * 4 + b[None, :] * (4 * H) + c[:, None]
+            r = tl.load(gates_p, mask=inside, other=0.0)
+            z = tl.load(gates_p + H, mask=inside, other=0.0)
+            n = tl.load(gates_p + 2 * H, mask=inside, other=0.0)
+            hn = tl.load(gates_p + 3 * H, mask=inside, other=0.0)
+        grad = tl.load(dstates + at + offset, mask=inside, other=0.0).to(tl.float32)
+        h = tl.load(states + (at + step) + offset, mask=inside & (i < T - 1), other=0.0).to(tl.float32)
+        h = tl.where(i == T - 1, initial, h)
+        # What multiplies the gradient: none of it waits for the carry.
+        kept = tl.where(z >= 0.0, 1.0, 0.0)
+        runs = inside
+        if mask is not None:
+            runs = inside & (tl.load(mask + (start + i * sign) * B + b[None, :], mask=(b < B)[None, :], other=0) != 0)
+            kept = tl.where(runs, kept, 0.0)
+        da_r, da_z, da_n, dh_n, dh = gru_gradients(kept, r, z, n, hn, h)
+        if mask is not None:
+            dh = tl.where(runs, dh, 1.0)
+        clip = tl.full((BLOCK, ROWS), 1.0, tl.float32)
+        if h_grid is not None:
+            clip = tl.where(in_range(h, h_inv, h_low, h_high), 1.0, 0.0)
+
+        if HALF:
+            if i % RESCALE == 0:
+                largest = tl.maximum(tl.max(tl.abs(carry), 0), peak)[None, :]
+                exponent = tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, 30)
+                up = ((258 - exponent) << 23).to(tl.float32, bitcast=True)
+                down = ((exponent - 4) << 23).to(tl.float32, bitcast=True)
+        grad += carry
+        if adjoint is not None:
+            put(adjoint + at + offset, tl.where(runs, grad, 0.0), inside)
+        da_r = grad * da_r
+        da_z = grad * da_z
+        dh_n = grad * dh_n
+        if HALF:
+            total = multiply(w_r, (da_r * up).to(tl.float16), COPIES, PRECISION)
+            total += multiply(w_z, (da_z * up).to(tl.float16), COPIES, PRECISION)
+            total += multiply(w_n, (dh_n * up).to(tl.float16), COPIES, PRECISION)
+            total = total * down
+        else:
+            total = multiply(w_r, da_r, COPIES, PRECISION)
+            total += multiply(w_z, da_z, COPIES, PRECISION)
+            total += multiply(w_n, dh_n, COPIES, PRECISION)
+        carry = grad * dh + clip * total
+        dgi_p = dgi + at * 3 + wide
+        put(dgi_p, da_r.to(dgi.dtype.element_ty), inside)
+        put(dgi_p + H, da_z.to(dgi.dtype.element_ty), inside)
+        put(dgi_p + 2 * H, (grad * da_n).to(dgi.dtype.element_ty), inside)
+        put(dgh_n + at + offset, dh_n.to(dgi.dtype.element_ty), inside)
+        db_r += da_r
+        db_z += da_z
+        db_n += dh_n
+        at += step
+    tl.store(dh0 + offset, carry, mask=inside)
+    own = s < SIZE
+    sums_p = sums + tl.program_id(1) * H + c
+    gate = tl.num_programs(1) * H
+    tl.store(sums_p, tl.sum(db_r, 1), mask=own)
+    tl.store(sums_p + gate, tl.sum(db_z, 1), mask=own)
+    tl.store(sums_p + 2 * gate, tl.sum(db_n, 1), mask=own)
+
+
+class BackwardWeights(NamedTuple):
+    """Attributes:
+    spec: what the scan computed.
+    weight: float weights transposed and padded, ``[3, nblocks, BLOCK, BLOCK]``; fp16 unless fp32 accuracy is wanted.
+    h_grid: packed, or None.
+    size: of a block.
+    precision: of fp32 dots.
+    """
+
+    spec: ScanSpec
+    weight: Tensor
+    h_grid: Tensor | None
+    size: int
+    precision: str
+
+
+def prepare(spec: ScanSpec) -> BackwardWeights:
+    """Once for each set of weights."""
+    (factor,) = spec.operand.factors.values()
+    weight = factor.dequantize().transpose(-1, -2)
+    size = weight.shape[-1]
+    extra = padded_size(size) - size
+    weight = pad(weight.to(torch.float32 if spec.exact else torch.float16), (0, extra, 0, extra)).contiguous()
+    return BackwardWeights(spec, weight, pack_grid(spec.grids.h), size, fp32_precision(spec))
+
+
+def backward(
+    prepared: BackwardWeights,
+    gi: Tensor,
+    h0: Tensor,
+    states: Tensor,
+    gates: Tensor,
+    mask: Tensor | None,
+    reverse: bool,
+    dstates: Tensor,
+    dlast: Tensor,
+    want_adjoint: bool,
+    want_weights: bool,
+) -> ScanGradients:
+    """Gradients of the sequence, of h0, of the weights and of the bias."""
+    spec, weight, h_grid, size, precision = prepared
+    steps, rows, _, hidden = gi.shape
+    dgi = torch.empty_like(gi)
+    dgh_n = gi.new_empty((steps, rows, hidden))
+    adjoint = torch.empty_like(states, dtype=torch.float32) if want_adjoint else None
+    padded = weight.shape[-1]
+    facts = device_facts(gi.device)
+    if not is_resident(size, spec.exact, facts):
+        dh0 = streamed.backward(
+            weight, size, h_grid, precision, h0, states, gates, mask, reverse, dstates, dlast, dgi, dgh_n, adjoint
+        ).to(h0.dtype)
+        sums = None
+    else:
+        dh0 = torch.empty_like(h0)
+        tiles = triton.cdiv(rows, ROWS)
+        sums = gi.new_empty((3, tiles, hidden), dtype=torch.float32)
+        largest = torch.linalg.vector_norm(dstates, float("inf"), dtype=torch.float32)
+        KernelCall(
+            kernel=_backward,
+            grid=(hidden // size, tiles, 1),
+            io=(h0, mask, states, packed(gates), dstates, dlast, dgi, dgh_n, dh0, adjoint, sums),
+            static=(largest, weight, h_grid, steps, rows),
+            constants={
+                "H": hidden,
+                "SIZE": size,
+                "BLOCK": padded,
+                "ROWS": ROWS,
+                "COPIES": 2,
+                "STAGES": backward_stages(size, spec.exact, facts),
+                "RESCALE": _RESCALE,
+                "REVERSE": reverse,
+                "PRECISION": precision,
+            },
+            warps=4,
+        ).run()
+    dfirst = dbias = None
+    if want_weights:
+        dfirst = weight_gradient(spec, dgi, dgh_n, h0, states, reverse)
+        if sums is None:
+            dbias = torch.cat([dgi[:, :, :2].sum((0, 1), dtype=torch.float32), dgh_n.sum((0, 1), dtype=torch.float32)[None]])
+        else:
+            dbias = sums.sum(1)
+    return ScanGradients(dgi, dh0, adjoint=adjoint, dfirst=dfirst, dbias=dbias)

@@ -1,0 +1,84 @@
+"""Weights of a block-diagonal operand as its kernels read them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..math import gate_factors
+from ..spec import ScanSpec, fp32_precision, is_integer, pack_grid
+from . import padded_size
+
+
+class BlockWeights(NamedTuple):
+    """Attributes:
+    weight: ``[3, nblocks, BLOCK, BLOCK]`` (out, in), zero beyond the block's own size. Codes in fp16 where quantized; in the
+        float state prescaled, in fp32 where its accuracy is wanted and fp16 otherwise.
+    scale: of an integer product, ``[groups, 3, H]``, or None.
+    bias: ``[3, H]``, prescaled in the float state.
+    h_grid, state_grid: packed, or None.
+    size: of a block.
+    precision: of fp32 dots.
+    quantized: whether gates are the portable ones.
+    """
+
+    weight: Tensor
+    scale: Tensor | None
+    bias: Tensor
+    h_grid: Tensor | None
+    state_grid: Tensor | None
+    size: int
+    precision: str
+    quantized: bool
+
+    @property
+    def padded(self) -> int:
+        return self.weight.shape[-1]
+
+    @property
+    def blocks(self) -> int:
+        return self.weight.shape[1]
+
+
+def product_scale(spec: ScanSpec) -> Tensor | None:
+    """``s_h * s_w`` of an integer product, ``[groups, 3, H]``; None where the product is one of floats."""
+    (factor,) = spec.operand.factors.values()
+    grid = spec.grids.h
+    if not is_integer(factor, grid):
+        return None
+    scale = grid.scale.reshape(-1, 1, 1, 1) * factor.scale
+    scale = scale.expand(*factor.values.shape[:3], -1)
+    return scale.permute(3, 0, 1, 2).reshape(scale.shape[-1], scale.shape[0], -1).contiguous()
+
+
+def prepare(spec: ScanSpec) -> BlockWeights:
+    """Once for each set of weights."""
+    (factor,) = spec.operand.factors.values()
+    scale = product_scale(spec)
+    weight = (factor.values if scale is not None else factor.dequantize()).float()
+    gates, blocks, size, _ = weight.shape
+    bias = weight.new_zeros(gates, blocks * size) if spec.bias is None else spec.bias.float()
+    if not spec.quantized:
+        factors = gate_factors(weight.device)
+        weight, bias = weight * factors[..., None, None], bias * factors
+    if not spec.exact or spec.quantized:
+        weight = weight.to(torch.float16)
+    extra = padded_size(size) - size
+    return BlockWeights(
+        pad(weight, (0, extra, 0, extra)).contiguous(),
+        scale,
+        bias.contiguous(),
+        pack_grid(spec.grids.h),
+        pack_grid(spec.grids.state),
+        size,
+        fp32_precision(spec),
+        spec.quantized,
+    )
+
+
+def packed(gates: Tensor | None) -> Tensor | None:
+    """Saved gates as kernels take them: fp16 ones four to an int64."""
+    return gates.view(-1).view(torch.int64) if gates is not None and gates.dtype == torch.float16 else gates

@@ -1,0 +1,77 @@
+"""Which kernel family runs a scan: the one table."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+
+from ...operands import BlockDiagonalOperand, DiagonalOperand, MonarchOperand
+from ..inputs import ScanInputs
+from . import block_diagonal, dense, diagonal, monarch
+from .device import DeviceFacts, device_facts, refuses_device
+from .spec import is_integer, spec_of
+
+_FAMILIES: dict[str, ModuleType] = {
+    "diagonal": diagonal,
+    "block_diagonal": block_diagonal,
+    "dense": dense,
+    "monarch": monarch,
+}
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def family_rules(name: str) -> ModuleType:
+    """The package of a family: its ``refuses``, ``SAVES_GATES`` and ``SUMS_WEIGHTS``."""
+    return _FAMILIES[name]
+
+
+def refuses_product(inputs: ScanInputs) -> str | None:
+    """Why no kernel computes the scan's values as the reference does, or None."""
+    grids = inputs.grids
+    if grids.gates is not None:
+        return "gate pre-activations are quantized"
+    if inputs.gi.dtype not in _DTYPES or inputs.h0.dtype not in _DTYPES:
+        return f"dtype {inputs.gi.dtype} is not one of fp32, fp16, bf16"
+    if inputs.quantized and not isinstance(inputs.operand, DiagonalOperand):
+        points = (grids.h, grids.mid)
+        for factor, grid in zip(inputs.operand.factors.values(), points):
+            if not is_integer(factor, grid):
+                return "a product with one side in float has no order of summation that all paths share"
+    if not inputs.quantized and (grids.any or inputs.operand.is_quantized):
+        return "a grid is active in the float state"
+    return None
+
+
+def candidates(inputs: ScanInputs, facts: DeviceFacts) -> tuple[str, ...]:
+    """The families that take an operand, best first.
+
+    A block that stays with one program is best left there; a larger one is spread over many programs ("dense"), and where the GPU
+    has no room for all of them at once it streams through one.
+    """
+    operand = inputs.operand
+    if isinstance(operand, DiagonalOperand):
+        return ("diagonal",)
+    if isinstance(operand, MonarchOperand):
+        return ("monarch",)
+    if isinstance(operand, BlockDiagonalOperand):
+        exact = not inputs.quantized and spec_of(inputs).exact
+        small = block_diagonal.is_resident(operand.blocks.values.shape[-1], exact, facts)
+        return ("block_diagonal",) if small else ("dense", "block_diagonal")
+    return ()
+
+
+def choose(inputs: ScanInputs) -> tuple[str | None, str]:
+    """The family that runs a scan and "", or None and the reason why there is none."""
+    if (reason := refuses_device(inputs.gi.device) or refuses_product(inputs)) is not None:
+        return None, reason
+    if inputs.gi.numel() == 0:
+        return None, "there are no rows"
+    facts = device_facts(inputs.gi.device)
+    reasons = []
+    for name in candidates(inputs, facts):
+        if (reason := _FAMILIES[name].refuses(inputs, facts)) is None:
+            return name, ""
+        reasons.append(f"{name}: {reason}")
+    return None, "; ".join(reasons) or f"no kernel takes a {type(inputs.operand).__name__}"

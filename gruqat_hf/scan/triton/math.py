@@ -1,0 +1,201 @@
+"""Arithmetic inside kernels: grids, the portable gates bit for bit, and fast gates for the float state.
+
+A kernel that takes a quantized state is launched with ``enable_fp_fusion=False``: every operation is then rounded on its own.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ...arithmetic import gates as portable
+from .device import INTERPRETED
+
+#: Inline PTX for exp2 and reciprocal; elsewhere (interpreter, AMD) Triton's own.
+_PTX = tl.constexpr(not INTERPRETED and torch.version.hip is None)
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
+#: Float gates are exp2 of a prescaled pre-activation: the factors are folded into weights and biases.
+SIGMOID_FACTOR = tl.constexpr(-1.4426950408889634)
+TANH_FACTOR = tl.constexpr(-2.8853900817779268)
+
+
+def gate_factors(device: torch.device) -> torch.Tensor:
+    """What weights and biases of r, z and n are multiplied by in the float state, ``[3, 1]``."""
+    factors = torch.full((3, 1), SIGMOID_FACTOR.value, device=device)
+    factors[2].fill_(TANH_FACTOR.value)
+    return factors
+
+
+_SIGMOID_CLAMP = tl.constexpr(portable.SIGMOID_CLAMP)
+_SIGMOID_P = tl.constexpr(portable.SIGMOID_NUMERATOR)
+_SIGMOID_Q = tl.constexpr((*portable.SIGMOID_DENOMINATOR[0], *portable.SIGMOID_DENOMINATOR[1]))
+_TANH_CLAMP = tl.constexpr(portable.TANH_CLAMP)
+_TANH_P = tl.constexpr(portable.TANH_NUMERATOR)
+_TANH_Q = tl.constexpr((*portable.TANH_DENOMINATOR[0], *portable.TANH_DENOMINATOR[1]))
+_SEED = tl.constexpr(portable.RECIPROCAL_SEED)
+_CENTRE = tl.constexpr(portable.RECIPROCAL_CENTRE)
+
+#: 1.5 * 2**23: adding and subtracting it rounds a float below 2**22 to the nearest integer, half to even.
+_ROUNDER = tl.constexpr(12582912.0)
+
+
+@triton.jit
+def count(n):
+    """A run-time integer as the bound of ``tl.range``: the interpreter's one-element arrays are no integers for numpy >= 2.4."""
+    if _INTERPRETED:
+        return n.handle.data.item()
+    else:
+        return n
+
+
+@triton.jit
+def clamp(x, low, high):
+    """``x`` within ``[low, high]``; NaN stays NaN."""
+    x = tl.maximum(x, low, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(x, high, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def codes(x, inv_scale, low, high):
+    """Integer codes of ``x``, in fp32; equal to ``Grid.codes``, whose bounds are integers, so that clamping may come first."""
+    return (clamp(x * inv_scale, low, high) + _ROUNDER) - _ROUNDER
+
+
+@triton.jit
+def in_range(x, inv_scale, low, high):
+    """Whether the grid lets the gradient of ``x`` through: its rounded code lies within the bounds."""
+    code = (x * inv_scale + _ROUNDER) - _ROUNDER
+    return (code >= low) & (code <= high)
+
+
+@triton.jit
+def _rational(x, CLAMP: tl.constexpr, P: tl.constexpr, Q: tl.constexpr):
+    x = clamp(x, -CLAMP, CLAMP)
+    s = x * x
+    n = (((s * P[0] + P[1]) * s + P[2]) * s + P[3]) * x
+    d = ((s + Q[0]) * s + Q[1]) * ((s + Q[2]) * s + Q[3])
+    # Constants on the right: the interpreter takes constant - tensor for a constant.
+    y = (-d.to(tl.int32, bitcast=True) + _SEED).to(tl.float32, bitcast=True)
+    z = -(d * y) + _CENTRE
+    r = n * y
+    w = z * z
+    return r + ((z + w) * r) * (w + 1.0)
+
+
+@triton.jit
+def portable_sigmoid(x):
+    return _rational(x, _SIGMOID_CLAMP, _SIGMOID_P, _SIGMOID_Q) + 0.5
+
+
+@triton.jit
+def portable_tanh(x):
+    return _rational(x, _TANH_CLAMP, _TANH_P, _TANH_Q)
+
+
+@triton.jit
+def exp2(x):
+    if _PTX:
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return tl.exp2(x)
+
+
+@triton.jit
+def reciprocal(x):
+    if _PTX:
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return 1.0 / x
+
+
+@triton.jit
+def gru_gates(gi_r, gi_z, gi_n, gh_r, gh_z, gh_n, h, PORTABLE: tl.constexpr):
+    """Gates and next state of one step, ``(r, z, n, hn, next)``, where ``hn = W_n h + b_n``.
+
+    ``gh_*`` are the hidden products with their biases. PORTABLE: as the reference computes, in its order. Else they come
+    multiplied by SIGMOID_FACTOR (r, z) and TANH_FACTOR (n), ``gi_*`` do not.
+    """
+    if PORTABLE:
+        r = portable_sigmoid(gi_r + gh_r)
+        z = portable_sigmoid(gi_z + gh_z)
+        n = portable_tanh(gi_n + r * gh_n)
+        hn = gh_n
+        new = (1.0 - z) * n + z * h
+    else:
+        r = reciprocal(1.0 + exp2(gi_r * SIGMOID_FACTOR + gh_r))
+        z = reciprocal(1.0 + exp2(gi_z * SIGMOID_FACTOR + gh_z))
+        q = reciprocal(1.0 + exp2(gi_n * TANH_FACTOR + r * gh_n))
+        n = 2.0 * q - 1.0
+        hn = gh_n * (1.0 / TANH_FACTOR)
+        new = q * (2.0 - 2.0 * z) + (z * (h + 1.0) - 1.0)  # (1 - z) * n + z * h with one operation after q
+    return r, z, n, hn, new
+
+
+@triton.jit
+def gru_gradients(grad, r, z, n, hn, h):
+    """Gradients of one step, from that of its output before the carried state's grid.
+
+    Returns those of the pre-activations of r, z and n, of ``hn``, and the direct part of that of ``h``.
+    """
+    da_n = grad * (1.0 - z) * (1.0 - n * n)
+    da_z = grad * (h - n) * z * (1.0 - z)
+    da_r = da_n * hn * r * (1.0 - r)
+    return da_r, da_z, da_n, da_n * r, grad * z
+
+
+@triton.jit
+def load_grid(grid, index, N: tl.constexpr):
+    """Scale, 1 / scale, lowest and highest code of a packed grid ``[4, N]``: scalars, or one for each ``index`` where N > 1."""
+    if N == 1:
+        return tl.load(grid), tl.load(grid + 1), tl.load(grid + 2), tl.load(grid + 3)
+    else:
+        return tl.load(grid + index), tl.load(grid + N + index), tl.load(grid + 2 * N + index), tl.load(grid + 3 * N + index)
+
+
+@triton.jit
+def put(pointer, value, mask):
+    """Store from the layout that a value is in; ``tl.store`` would first bring it into another, through shared memory."""
+    if _PTX and value.dtype == tl.float32:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.b32 p, $3, 0; @p st.global.f32 [$1], $2; mov.u32 $0, 0; }",
+            "=r,l,f,r",
+            [pointer.to(tl.int64), value, mask.to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    elif _PTX and value.dtype == tl.int64:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.b32 p, $3, 0; @p st.global.b64 [$1], $2; mov.u32 $0, 0; }",
+            "=r,l,l,r",
+            [pointer.to(tl.int64), value, mask.to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        tl.store(pointer, value, mask=mask)
+
+
+@triton.jit
+def _half_bits(x):
+    return x.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.int64)
+
+
+@triton.jit
+def pack_halves(a, b, c, d):
+    """Four values as fp16 in one int64, ``a`` lowest."""
+    return _half_bits(a) | (_half_bits(b) << 16) | (_half_bits(c) << 32) | (_half_bits(d) << 48)
+
+
+@triton.jit
+def _half_value(bits):
+    return bits.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def unpack_halves(bits):
+    """The four fp32 values of ``pack_halves``."""
+    return _half_value(bits), _half_value(bits >> 16), _half_value(bits >> 32), _half_value(bits >> 48)

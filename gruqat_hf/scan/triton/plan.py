@@ -1,0 +1,92 @@
+"""Inference of a whole layer with weights prepared once, and a thin way to launch it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..dispatch import Plan
+from ..inputs import LayerWeights, ScanInputs
+from ..reference import scan_reference
+from .choice import choose
+from .family import aligned, kernels
+from .spec import spec_of
+
+#: Fills the states of one scan: gi, h0, mask, states.
+_Launch = Callable[[Tensor, Tensor, "Tensor | None", Tensor], None]
+
+
+class LayerPlan:
+    """A ``Plan``: called with ``x`` ``[T, B, I]``, ``h0`` ``[B, H]`` or None, ``mask`` ``[T, B]`` or None, and the direction."""
+
+    def __init__(self, weights: LayerWeights) -> None:
+        from .input_product import input_product
+
+        self._weights = weights
+        self._hidden = weights.hidden.out_features
+        self._product = input_product(weights)
+        self._prepared: dict[str, Any] = {}
+        self._launches: dict[tuple[Any, ...], _Launch] = {}
+        self._zeros: dict[tuple[Any, ...], Tensor] = {}
+
+    def __call__(self, x: Tensor, h0: Tensor | None, mask: Tensor | None, reverse: bool) -> tuple[Tensor, Tensor]:
+        steps, rows = x.shape[:2]
+        gi = self._product(x.reshape(steps * rows, -1)).view(steps, rows, 3, self._hidden)
+        h0 = self._initial(gi, h0)
+        if mask is not None:
+            mask = aligned(mask.contiguous().view(torch.uint8))
+        states = torch.empty((steps, rows, self._hidden), dtype=h0.dtype, device=gi.device)
+        key = (steps, rows, reverse, mask is None, gi.dtype, h0.dtype)
+        launch = self._launches.get(key)
+        if launch is None:
+            launch = self._launches[key] = self._launch(gi, h0, mask, reverse, states)
+        launch(gi, h0, mask, states)
+        return states, states[0 if reverse else -1]
+
+    def _initial(self, gi: Tensor, h0: Tensor | None) -> Tensor:
+        """The first state on the carried state's grid, aligned as kernels were compiled for."""
+        if h0 is None:
+            key = (gi.shape[1], gi.dtype)
+            if key not in self._zeros:
+                self._zeros = {key: gi.new_zeros((gi.shape[1], self._hidden))}
+            return self._zeros[key]
+        state = self._weights.grids.state
+        h0 = h0 if state is None else state.round_trip(h0)
+        return aligned(h0.to(torch.promote_types(gi.dtype, h0.dtype)).contiguous())
+
+    def _launch(self, gi: Tensor, h0: Tensor, mask: Tensor | None, reverse: bool, states: Tensor) -> _Launch:
+        """How to fill the states of scans of these shapes."""
+        weights = self._weights
+        inputs = ScanInputs(gi, h0, weights.hidden, weights.bias_hidden, weights.grids, mask, reverse, weights.quantized)
+        family, _ = choose(inputs)
+        if family is None:
+            return lambda gi, h0, mask, states: self._reference(gi, h0, mask, reverse, states)
+        forward = kernels(family, "forward")
+        if family not in self._prepared:
+            self._prepared[family] = forward.prepare(spec_of(inputs))
+        prepared = self._prepared[family]
+        call = forward.call(prepared, gi, h0, mask, reverse, states, None) if hasattr(forward, "call") else None
+        if call is None:
+            return lambda gi, h0, mask, states: forward.forward(prepared, gi, h0, mask, reverse, states, None)
+        run = call.compiled()
+        return lambda gi, h0, mask, states: run(gi, h0, mask, states, None)
+
+    def _reference(self, gi: Tensor, h0: Tensor, mask: Tensor | None, reverse: bool, states: Tensor) -> None:
+        weights = self._weights
+        mask = None if mask is None else mask.bool()
+        inputs = ScanInputs(gi, h0, weights.hidden, weights.bias_hidden, weights.grids, mask, reverse, weights.quantized)
+        states.copy_(scan_reference(inputs)[0])
+
+
+def prepare_plan(weights: LayerWeights, x: Tensor) -> Plan | str:
+    """A plan for inputs on the device of ``x`` ``[T, B, I]``, or the reason why there is none."""
+    steps, rows, _ = x.shape
+    hidden = weights.hidden.out_features
+    dtype = torch.float32 if weights.quantized else x.dtype
+    gi, h0 = (torch.empty(shape, dtype=dtype, device=x.device) for shape in ((steps, rows, 3, hidden), (rows, hidden)))
+    inputs = ScanInputs(gi, h0, weights.hidden, weights.bias_hidden, weights.grids, None, False, weights.quantized)
+    family, reason = choose(inputs)
+    return reason if family is None else LayerPlan(weights)

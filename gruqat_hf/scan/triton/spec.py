@@ -1,0 +1,135 @@
+"""A scan's weights and grids, as the kernel families take them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...operands import BlockDiagonalOperand, DiagonalOperand, Factor, MonarchOperand, Operand
+from ...quantization import Grid
+from ..inputs import ScanGrids, ScanInputs
+from .device import INTERPRETED, device_facts, wants_fp32_products
+
+
+class SpecTensors(NamedTuple):
+    """A spec as an operator takes it, None for what is absent; grids are ``[4, n]``: scale, 1 / scale, lowest, highest code."""
+
+    first: Tensor
+    first_scale: Tensor | None
+    second: Tensor | None
+    second_scale: Tensor | None
+    bias: Tensor | None
+    h_grid: Tensor | None
+    mid_grid: Tensor | None
+    state_grid: Tensor | None
+
+
+@dataclass(frozen=True)
+class ScanSpec:
+    """All of a scan but its sequence.
+
+    Attributes:
+        operand: hidden weights.
+        bias: ``[3, H]`` or None.
+        grids: of the points inside the scan; ``gates`` is None.
+        quantized: whether gates are the portable ones.
+        exact: whether a float product must be accurate to fp32 (``torch.get_float32_matmul_precision() == "highest"``).
+    """
+
+    operand: Operand
+    bias: Tensor | None
+    grids: ScanGrids
+    quantized: bool
+    exact: bool
+
+    @property
+    def hidden_size(self) -> int:
+        return self.operand.out_features
+
+    @property
+    def gates_dtype(self) -> torch.dtype:
+        """In which saved gates are kept."""
+        return torch.float32 if self.exact else torch.float16
+
+
+def spec_of(inputs: ScanInputs) -> ScanSpec:
+    exact = wants_fp32_products() and inputs.gi.dtype == torch.float32
+    return ScanSpec(inputs.operand, inputs.bias, inputs.grids, inputs.quantized, exact)
+
+
+def is_integer(factor: Factor, grid: Grid | None) -> bool:
+    """Whether a factor's product is one of integer codes, which is then scaled."""
+    return factor.is_quantized and grid is not None
+
+
+def pack_grid(grid: Grid | None) -> Tensor | None:
+    """A grid as ``[4, n]``: scale, inv_scale, low, high; differentiable in the first two."""
+    if grid is None:
+        return None
+    scale = grid.scale.reshape(-1)
+    low, high = (
+        bound.reshape(-1) if isinstance(bound, Tensor) else torch.full_like(scale, bound, requires_grad=False)
+        for bound in (grid.low, grid.high)
+    )
+    return torch.stack([scale, grid.inv_scale.reshape(-1), low, high])
+
+
+def unpack_grid(packed: Tensor | None, magnitude: int, trailing: int = 0) -> Grid | None:
+    """The grid of a packed one, its scale shaped ``[n]`` and ``trailing`` ones."""
+    if packed is None:
+        return None
+    scale, inv_scale, low, high = packed.reshape(4, -1, *(1,) * trailing).unbind(0)
+    return Grid(scale, inv_scale, low, high, magnitude)
+
+
+def flatten(spec: ScanSpec) -> tuple[SpecTensors, list[int]]:
+    """The spec's tensors, and its limits: qmax of both factors, largest codes of h and mid."""
+    first, *rest = spec.operand.factors.values()
+    second = rest[0] if rest else None
+    grids = spec.grids
+    tensors = SpecTensors(
+        first.values,
+        first.scale,
+        None if second is None else second.values,
+        None if second is None else second.scale,
+        spec.bias,
+        pack_grid(grids.h),
+        pack_grid(grids.mid),
+        pack_grid(grids.state),
+    )
+    magnitudes = [0 if grid is None else grid.magnitude for grid in (grids.h, grids.mid)]
+    return tensors, [first.qmax, 0 if second is None else second.qmax, *magnitudes]
+
+
+def restore(tensors: SpecTensors, limits: list[int], quantized: bool, exact: bool) -> ScanSpec:
+    """The spec that was flattened."""
+    first = Factor(tensors.first, tensors.first_scale, limits[0])
+    operand: Operand
+    if tensors.second is not None:
+        operand = MonarchOperand(first, Factor(tensors.second, tensors.second_scale, limits[1]))
+    elif tensors.first.dim() == 2:
+        operand = DiagonalOperand(first)
+    else:
+        operand = BlockDiagonalOperand(first)
+    grids = ScanGrids(
+        h=unpack_grid(tensors.h_grid, limits[2]),
+        mid=unpack_grid(tensors.mid_grid, limits[3], trailing=2),
+        state=unpack_grid(tensors.state_grid, 0),
+    )
+    return ScanSpec(operand, tensors.bias, grids, quantized, exact)
+
+
+def grid_size(packed: Tensor | None) -> int:
+    """How many scales a packed grid has; 1 for none."""
+    return 1 if packed is None else packed.shape[1]
+
+
+def fp32_precision(spec: ScanSpec) -> str:
+    """How dots of fp32 operands are computed."""
+    if not spec.exact or INTERPRETED:
+        return "tf32"
+    device = next(iter(spec.operand.factors.values())).values.device
+    return "tf32x3" if device_facts(device).capability >= (8, 0) else "ieee"

@@ -1,0 +1,131 @@
+"""The table and the figures of a GPU benchmark, from the JSON that scripts/benchmark.py wrote.
+
+python scripts/plot_benchmarks.py                            # the newest benchmarks/gpu-*.json; prints the table
+python scripts/plot_benchmarks.py benchmarks/gpu-2026-01-01.json --out docs/images
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+OURS, CUDNN, PEER = "gruqat-hf", "cuDNN tf32", "gru-qat 0.5.0"
+
+Shape = tuple[int, ...]
+
+
+class Results:
+    """Times by what was measured; None where that failed or was left out."""
+
+    def __init__(self, report: dict[str, Any]) -> None:
+        self.rows = [row for row in report["rows"] if "ms" in row]
+        self._times = {self._key(row): row["ms"] for row in self.rows}
+
+    @staticmethod
+    def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+        return (tuple(row["shape"]), row["library"], row["structure"], row["state"], row["mode"], row["launch"])
+
+    @property
+    def shapes(self) -> list[Shape]:
+        return list(dict.fromkeys(tuple(row["shape"]) for row in self.rows))
+
+    @property
+    def structures(self) -> list[str]:
+        return list(dict.fromkeys(row["structure"] for row in self.rows if row["library"] == OURS))
+
+    def ms(self, shape: Shape, library: str, structure: str, state: str, mode: str, launch: str) -> float | None:
+        return self._times.get((shape, library, structure, state, mode, launch))
+
+    def best(self, shape: Shape, library: str, structure: str, state: str, mode: str) -> float | None:
+        """The faster of an eager call and a CUDA graph."""
+        times = [self.ms(shape, library, structure, state, mode, launch) for launch in ("eager", "graph")]
+        return min((time for time in times if time is not None), default=None)
+
+    def speedup(self, shape: Shape, structure: str, state: str, mode: str) -> float | None:
+        """Times faster than cuDNN: in inference both in a CUDA graph, in training ours in a graph beside cuDNN's eager step."""
+        ours = self.best(shape, OURS, structure, state, mode)
+        cudnn = self.ms(shape, CUDNN, "dense", "float", mode, "graph" if mode == "infer" else "eager")
+        return None if ours is None or cudnn is None else cudnn / ours
+
+    def over_peer(self, shape: Shape, structure: str, mode: str) -> float | None:
+        ours = self.best(shape, OURS, structure, "float", mode)
+        peer = self.ms(shape, PEER, structure, "float", mode, "eager")
+        return None if ours is None or peer is None else peer / ours
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+def table(report: dict[str, Any], shape: Shape = (512, 32, 512)) -> str:
+    """Milliseconds and speed-ups at one shape, as Markdown."""
+    results = Results(report)
+    lines = [
+        "| hidden weights | infer, ms | × cuDNN | frozen int8, ms | train, ms | × cuDNN | QAT train, ms "
+        "| × gru-qat, infer / train |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name in results.structures:
+        cells = [
+            _number(results.best(shape, OURS, name, "float", "infer"), ".3f"),
+            _number(results.speedup(shape, name, "float", "infer"), ".1f"),
+            _number(results.best(shape, OURS, name, "frozen", "infer"), ".3f"),
+            _number(results.best(shape, OURS, name, "float", "train"), ".3f"),
+            _number(results.speedup(shape, name, "float", "train"), ".1f"),
+            _number(results.best(shape, OURS, name, "qat", "train"), ".3f"),
+            " / ".join(_number(results.over_peer(shape, name, mode), ".1f") for mode in ("infer", "train")),
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    infer = _number(results.ms(shape, CUDNN, "dense", "float", "infer", "graph"), ".2f")
+    train = _number(results.ms(shape, CUDNN, "dense", "float", "train", "eager"), ".2f")
+    machine, versions = report["machine"], report["versions"]
+    lines.append(
+        f"\nT, B, H = {shape}; tf32; cuDNN takes {infer} ms (inference, CUDA graph) and {train} ms (train step, eager). "
+        f"{machine.get('gpu')}, torch {versions['torch']}, triton {versions.get('triton')}, {report['date']}."
+    )
+    return "\n".join(lines)
+
+
+def plot_speed(report: dict[str, Any], mode: str, path: Path) -> None:
+    """Times faster than cuDNN, by structure and shape."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    results = Results(report)
+    figure, axes = plt.subplots(figsize=(10, 4), layout="constrained")
+    width = 0.8 / len(results.shapes)
+    for i, shape in enumerate(results.shapes):
+        heights = [results.speedup(shape, name, "float", mode) or 0.0 for name in results.structures]
+        axes.bar([x + i * width for x in range(len(heights))], heights, width, label=f"T, B, H = {shape}")
+    axes.axhline(1.0, color="black", linewidth=0.8)
+    axes.set_xticks([x + 0.4 - width / 2 for x in range(len(results.structures))], results.structures)
+    axes.set(yscale="log", ylabel="times faster than cuDNN tf32", title={"infer": "inference", "train": "train step"}[mode])
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("json", type=Path, nargs="?", help="default: the newest in benchmarks/")
+    parser.add_argument("--out", type=Path, help="folder of the figures; default: beside the JSON")
+    arguments = parser.parse_args()
+    source = arguments.json or max((ROOT / "benchmarks").glob("gpu-*.json"), default=None)
+    if source is None:
+        parser.error("no benchmarks/gpu-*.json; run scripts/benchmark.py first")
+    report = json.loads(source.read_text(encoding="utf-8"))
+    out = arguments.out or source.parent
+    out.mkdir(parents=True, exist_ok=True)
+    for mode in ("infer", "train"):
+        plot_speed(report, mode, out / f"{source.stem}-{mode}.png")
+    print(table(report))
+
+
+if __name__ == "__main__":
+    main()

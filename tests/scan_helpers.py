@@ -1,0 +1,123 @@
+"""A layer's scan by the Triton kernels against the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from kernel_helpers import distance, matmul_precision
+from torch import Tensor
+
+from gruqat_hf.layers import GRULayer
+from gruqat_hf.quantization import PRESETS, QuantizerConfig, QuantRecipe
+
+STRUCTURES: dict[str, dict[str, Any]] = {
+    "diagonal": {"kind": "diagonal"},
+    "blockdiag": {"kind": "blockdiag", "nblocks": 4},
+    "monarch": {"kind": "monarch", "nblocks": 4},
+    "butterfly": {"kind": "butterfly"},
+    "dense": {"kind": "dense"},
+    "circulant": {"kind": "circulant"},
+    "ldr": {"kind": "ldr"},
+}
+
+_LEARNED = QuantizerConfig(scheme="lsq", observer="ema")
+_LEARNED_WEIGHT = QuantizerConfig(scheme="lsq", granularity="channel", observer="ema")
+_AFFINE = QuantizerConfig(symmetric=False, observer="ema")
+
+#: Recipes beyond the presets.
+RECIPES: dict[str, QuantRecipe] = {
+    "learned": QuantRecipe(
+        x=_LEARNED,
+        h=_LEARNED,
+        state=replace(_LEARNED, granularity="channel"),
+        weight_input=_LEARNED_WEIGHT,
+        weight_hidden=_LEARNED_WEIGHT,
+        mid_hidden=_LEARNED,
+    ),
+    "affine": QuantRecipe(
+        x=_AFFINE, h=_AFFINE, state=_AFFINE, weight_input=_LEARNED_WEIGHT, weight_hidden=_LEARNED_WEIGHT, mid_hidden=_LEARNED
+    ),
+    "groups": replace(
+        PRESETS["int4_per_group_64"],
+        weight_hidden=QuantizerConfig(bits=4, granularity="group", group_size=4, observer="dynamic"),
+    ),
+}
+
+
+def build(
+    structure: Mapping[str, Any], recipe: QuantRecipe | str | None, hidden: int, inputs: int, device: torch.device, **kwargs: Any
+) -> GRULayer:
+    """A layer in eval mode, calibrated on values of standard deviation 2 where it is quantized."""
+    layer = GRULayer(inputs, hidden, structure_hidden=structure, recipe=recipe, **kwargs)
+    if recipe is not None:
+        layer.backend = "reference"
+        layer.train()
+        layer(torch.randn(4, 3, inputs) * 2)
+    return layer.eval().to(device)
+
+
+def clip(layer: GRULayer) -> GRULayer:
+    """Scales so small that states leave their grids, each a different one."""
+    with torch.no_grad():
+        for point, factor in ((layer.h, 0.5), (layer.state, 0.7), (layer.weight_hidden.mid, 0.6)):
+            if point is not None:
+                point.scale.mul_(factor)
+    return layer
+
+
+def gradients(
+    layer: GRULayer, backend: str, x: Tensor, h0: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Outputs, last state, and gradients of a random functional of both with respect to the input, h0 and every parameter."""
+    layer.backend = backend
+    layer.zero_grad(set_to_none=True)
+    x, h0 = x.clone().requires_grad_(), h0.clone().requires_grad_()
+    out, last = layer(x, h0, mask)
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(value.shape, generator=generator).to(value) for value in (out, last)]
+    ((out * weights[0]).sum() + (last * weights[1]).sum()).backward()
+    found = {"x": x.grad, "h0": h0.grad, **{name: parameter.grad for name, parameter in layer.named_parameters()}}
+    return out.detach(), last.detach(), {name: value.clone() for name, value in found.items() if value is not None}
+
+
+def check(
+    layer: GRULayer,
+    steps: int,
+    rows: int,
+    *,
+    masked: bool = False,
+    precision: str = "highest",
+    states_within: float = 2e-5,
+    gradients_within: float = 1e-3,
+) -> None:
+    """Outputs, last state and every gradient by the kernels are those of the reference; quantized, states bit for bit.
+
+    Inference goes by the prepared plan, training by the custom operators; both are checked.
+    """
+    device = next(layer.parameters()).device
+    x, h0 = torch.randn(steps, rows, layer.input_size) * 2, torch.rand(rows, layer.hidden_size) * 2 - 1
+    x, h0 = x.to(device), h0.to(device)
+    mask = (torch.rand(steps, rows) > 0.3).to(device) if masked else None
+    with matmul_precision("highest"):
+        out, last, wanted = gradients(layer, "reference", x, h0, mask)
+    with matmul_precision(precision):
+        found_out, found_last, found = gradients(layer, "triton", x, h0, mask)
+        assert layer.last_path.startswith("triton")
+        with torch.no_grad():
+            planned_out, planned_last = layer(x, h0, mask)
+    for states, reference in ((found_out, out), (found_last, last), (planned_out, out), (planned_last, last)):
+        if layer.recipe is not None:
+            assert torch.equal(states, reference)
+        else:
+            assert (found_distance := distance(states, reference)) <= states_within, found_distance
+    assert found.keys() == wanted.keys()
+    distances = {name: distance(found[name], gradient) for name, gradient in wanted.items()}
+    assert max(distances.values()) <= gradients_within, distances
+
+
+def autocast_or_not(device: torch.device, dtype: torch.dtype | None) -> Any:
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)

@@ -1,0 +1,221 @@
+"""The Triton kernels as a layer meets them, in Triton's interpreter on small shapes; `test_gpu_scan.py` has the real sizes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from kernel_helpers import distance, matmul_precision
+from scan_helpers import RECIPES, STRUCTURES, build, check, clip, gradients
+
+from gruqat_hf.layers import GRULayer
+from gruqat_hf.quantization import PRESETS, QuantizerConfig, QuantRecipe
+from gruqat_hf.scan.triton import RECOMPUTE_VARIABLE, block_diagonal
+from gruqat_hf.scan.triton.device import INTERPRETED, DeviceFacts
+
+CPU = torch.device("cpu")
+KERNEL_TESTS = ("test_triton_scan.py", "test_triton_dense.py", "test_triton_monarch.py")
+
+interpreted = pytest.mark.skipif(
+    not INTERPRETED, reason="runs in Triton's interpreter, in a process that test_in_the_interpreter starts"
+)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="is the interpreter's process itself")
+@pytest.mark.parametrize("name", KERNEL_TESTS)
+def test_in_the_interpreter(name):
+    """Triton reads TRITON_INTERPRET when kernels are defined, so that these tests need a process of their own."""
+    pytest.importorskip("triton")
+    tests = Path(__file__).parent
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu and not slow", str(tests / name)]
+    done = subprocess.run(
+        command, cwd=tests.parent, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=1200
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+@interpreted
+@pytest.mark.parametrize("precision, states_within", [("highest", 2e-5), ("high", 2e-4)])
+@pytest.mark.parametrize("name", ["diagonal", "blockdiag"])
+def test_float(name, precision, states_within):
+    layer = build(STRUCTURES[name], None, 24, 5, CPU)
+    check(layer, 5, 3, masked=True, precision=precision, states_within=states_within)
+
+
+@interpreted
+@pytest.mark.parametrize("preset", ["int8_per_channel", "int8_state16", "int4_per_group_64"])
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_presets(name, preset):
+    check(build(STRUCTURES[name], preset, 16, 5, CPU), 3, 2)
+
+
+@interpreted
+@pytest.mark.parametrize("name", ["diagonal", "blockdiag"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_with_states_beyond_their_grids(name, recipe):
+    check(clip(build(STRUCTURES[name], RECIPES[recipe], 16, 4, CPU, reverse=True)), 4, 3, masked=True)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "structure, hidden", [({"kind": "diagonal"}, 70), ({"kind": "blockdiag", "nblocks": 3}, 21), ("dense", 1)]
+)
+def test_odd_sizes_masks_and_the_reversed_direction(structure, hidden):
+    check(build(structure, "int8_state16", hidden, 3, CPU, reverse=True), 9, 5, masked=True)
+    check(build(structure, None, hidden, 3, CPU), 1, 1)
+
+
+@interpreted
+def test_a_diagonal_scan_takes_every_mix_of_quantizers():
+    """One product to a value: there is no sum whose order could differ, so that float weights are the reference's bit for bit."""
+    check(build(STRUCTURES["diagonal"], "int8_hidden", 8, 4, CPU), 4, 2)
+    weight = QuantRecipe(weight_hidden=QuantizerConfig(granularity="channel", observer="dynamic"))
+    check(build(STRUCTURES["diagonal"], weight, 8, 4, CPU), 4, 2)
+
+
+@interpreted
+@pytest.mark.parametrize("recipe", [None, "int8_state16", RECIPES["groups"], RECIPES["affine"]])
+def test_weights_that_stream(monkeypatch, recipe):
+    """A block too large for one program's memory, here by decree."""
+    for module in ("forward", "backward"):
+        __import__(f"gruqat_hf.scan.triton.block_diagonal.{module}")
+        monkeypatch.setattr(sys.modules[f"gruqat_hf.scan.triton.block_diagonal.{module}"], "is_resident", lambda *_: False)
+    monkeypatch.setattr(sys.modules["gruqat_hf.scan.triton.block_diagonal.streamed"], "_TILE", 16)
+    layer = build({"kind": "blockdiag", "nblocks": 2}, recipe, 40, 4, CPU)
+    check(clip(layer), 3, 3, masked=True)
+    check(layer, 3, 3, precision="high", states_within=2e-4)
+
+
+@interpreted
+def test_groups_of_the_input_product():
+    recipe = PRESETS["int4_per_group_64"]
+    check(build(STRUCTURES["diagonal"], recipe, 8, 192, CPU), 2, 3)
+
+
+@interpreted
+@pytest.mark.parametrize("name", ["blockdiag", "monarch"])
+@pytest.mark.parametrize("recipe", [None, "int8_state16"])
+def test_gates_computed_again(monkeypatch, name, recipe):
+    monkeypatch.setenv(RECOMPUTE_VARIABLE, "1")
+    check(clip(build(STRUCTURES[name], recipe, 16, 4, CPU)), 4, 3, masked=True)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype, within", [(torch.float16, 4e-3), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("name", ["diagonal", "blockdiag"])
+def test_half_precision(name, dtype, within):
+    layer = build(STRUCTURES[name], None, 16, 4, CPU)
+    x, h0 = torch.randn(5, 3, 4), torch.rand(3, 16)
+    out, last, wanted = gradients(layer, "reference", x, h0, None)
+    layer.to(dtype)
+    found_out, found_last, found = gradients(layer, "triton", x.to(dtype), h0.to(dtype), None)
+    assert found_out.dtype == found_last.dtype == dtype
+    assert distance(found_out, out) <= within and distance(found_last, last) <= within
+    for name, gradient in wanted.items():
+        assert found[name].dtype == dtype and distance(found[name], gradient) <= 2 * within, name
+
+
+@interpreted
+@pytest.mark.parametrize("recipe", [None, "int8_state16"])
+def test_compile_and_export(recipe):
+    layer = build(STRUCTURES["blockdiag"], recipe, 16, 4, CPU)
+    layer.backend = "triton"
+    x, h0 = torch.randn(3, 2, 4), torch.rand(2, 16)
+    out, last, wanted = gradients(layer, "triton", x, h0, None)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    layer.zero_grad()
+    found_out, found_last = compiled(x, h0)
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(value.shape, generator=generator) for value in (found_out, found_last)]
+    ((found_out * weights[0]).sum() + (found_last * weights[1]).sum()).backward()
+    assert torch.equal(found_out, out) and torch.equal(found_last, last)
+    for name, parameter in layer.named_parameters():
+        assert distance(parameter.grad, wanted[name]) <= 1e-6, name
+    program = torch.export.export(layer, (x, h0))
+    assert any("gruqat_hf" in str(node.target) for node in program.graph.nodes)
+    assert torch.equal(program.module()(x, h0)[0], out)
+
+
+@interpreted
+def test_a_frozen_layer_gives_the_bits_of_qat():
+    layer = build(STRUCTURES["blockdiag"], "int8_state16", 16, 4, CPU)
+    layer.backend = "triton"
+    x = torch.randn(4, 3, 4)
+    with torch.no_grad():
+        before = layer(x)[0]
+        assert torch.equal(layer.freeze()(x)[0], before)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "structure, recipe, reason",
+    [
+        ("diagonal", QuantRecipe(gates=QuantizerConfig(observer="fixed")), "gate pre-activations"),
+        ("dense", "int8_hidden", "one side in float"),
+    ],
+)
+def test_what_kernels_cannot_honour_is_refused_with_the_reason(structure, recipe, reason):
+    layer = GRULayer(4, 8, structure_hidden=structure, recipe=recipe)
+    layer(torch.randn(2, 3, 4))
+    assert not layer.last_path.startswith("triton") and reason in layer.last_path
+    layer.backend = "triton"
+    with pytest.raises(RuntimeError, match=reason):
+        layer(torch.randn(2, 3, 4))
+
+
+@interpreted
+def test_double_precision_is_left_to_the_reference():
+    layer = GRULayer(4, 8, dtype=torch.float64)
+    layer(torch.randn(2, 3, 4, dtype=torch.float64))
+    assert "torch.float64" in layer.last_path
+
+
+@interpreted
+def test_exact_products_of_long_rows(monkeypatch):
+    """Beyond 2**24, tiles of a sum are added as integers."""
+    for module in ("forward", "backward"):
+        __import__(f"gruqat_hf.scan.triton.block_diagonal.{module}")
+        monkeypatch.setattr(sys.modules[f"gruqat_hf.scan.triton.block_diagonal.{module}"], "is_resident", lambda *_: False)
+    from gruqat_hf.operands import BlockDiagonalOperand, Factor
+    from gruqat_hf.quantization import Grid
+    from gruqat_hf.scan import ScanGrids, ScanInputs, scan_reference
+    from gruqat_hf.scan.triton.ops import scan
+    from gruqat_hf.scan.triton.spec import spec_of
+
+    hidden = 1100
+    codes = torch.randint(120, 128, (3, 1, hidden, hidden)).to(torch.int8)
+    grid = Grid.build(torch.full((1,), 1 / 127), None, -127, 127)
+    operand = BlockDiagonalOperand(Factor(codes, torch.full((3, 1, hidden, 1), 1e-5), 127))
+    inputs = ScanInputs(
+        torch.randn(1, 1, 3, hidden), torch.rand(1, hidden) * 0.2 + 0.8, operand, None, ScanGrids(h=grid), quantized=True
+    )
+    with torch.no_grad(), matmul_precision("highest"):
+        states, _ = scan(inputs.gi, inputs.h0, spec_of(inputs), None, False, "block_diagonal", False)
+        assert torch.equal(states, scan_reference(inputs)[0])
+
+
+def test_no_import_needs_triton():
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch
+from gruqat_hf.layers import GRULayer
+layer = GRULayer(3, 4)
+layer(torch.randn(2, 1, 3))
+assert "triton is not installed" in layer.last_path, layer.last_path
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr
+
+
+def test_blocks_are_kept_where_they_fit():
+    hopper, turing = DeviceFacts(132, 232448, (9, 0)), DeviceFacts(40, 65536, (7, 5))
+    assert block_diagonal.is_resident(128, False, hopper) and not block_diagonal.is_resident(129, False, hopper)
+    assert block_diagonal.is_resident(64, True, hopper) and not block_diagonal.is_resident(128, True, hopper)
+    assert block_diagonal.is_resident(64, False, turing) and not block_diagonal.is_resident(128, False, turing)
+    assert block_diagonal.tiling(128, False, True, hopper) == (1, 4)
