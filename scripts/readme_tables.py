@@ -50,7 +50,43 @@ def convergence(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {"quickstart": quickstart, "convergence": convergence}
+def cpu(results: dict[str, Any]) -> str:
+    """How many times faster than torch.nn.GRU, for each number of threads."""
+    baseline, dynamic = "torch.nn.GRU", "torch dynamic int8 GRU"
+    by_shape: dict[str, list[dict[str, Any]]] = {}
+    for entry in results["inference"]:
+        by_shape.setdefault("T {}, B {}, H {}".format(*entry["shape"]), []).append(entry["models"])
+    threads = " / ".join(str(count) for count in dict.fromkeys(entry["threads"] for entry in results["inference"]))
+
+    def row(title: str, name: str, field: str, digits: int) -> str:
+        cells = (" / ".join(f"{models[name][field]:.{digits}f}" for models in runs) for runs in by_shape.values())
+        return f"| {title} | {' | '.join(cells)} |"
+
+    lines = [f"| {threads} threads | {' | '.join(by_shape)} |", "|---" * (len(by_shape) + 1) + "|"]
+    lines.append(row("nn.GRU fp32, ms", baseline, "median_ms", 2))
+    lines.append(row("torch's dynamic int8 GRU: times faster", dynamic, "times", 1))
+    for name in next(iter(by_shape.values()))[0]:
+        state, *structures = name.split(" / ")
+        if structures and (structures[1] == "dense" or structures[0] == "diagonal"):
+            side = "" if structures[1] == "dense" else ", input diagonal too"
+            lines.append(row(f"{structures[0]}, {state}{side}: times faster", name, "times", 1))
+    shape = "T {}, B {}, H {}".format(*results["training"][0]["shape"])
+    lines += ["", f"Time of a training step, {shape}, as a multiple of nn.GRU's in fp32:", ""]
+    names = [name for name in results["training"][0]["models"] if name.startswith("qat")]
+    lines += [f"| {threads} threads | {' | '.join(name.split(' / ')[1] for name in names)} |", "|---" * (len(names) + 1) + "|"]
+    cells = (" / ".join(f"{1 / entry['models'][name]['times']:.1f}" for entry in results["training"]) for name in names)
+    lines.append(f"| QAT | {' | '.join(cells)} |")
+    loads = " to ".join(f"{results['load'][when][0]:.1f}" for when in ("before", "after"))
+    settings = results["settings"]
+    kernels = f"kernels for {results['kernels']}, {settings['rounds']} rounds, load average {loads}"
+    if settings["nice"] < 0:
+        kernels += ", this process going before the others"
+    about = f"Hidden structures, inputs dense unless said; frozen as {settings['preset']}; {kernels}"
+    lines.append(f"\n{about} ({measured_on(results)}).")
+    return "\n".join(lines)
+
+
+SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {"quickstart": quickstart, "convergence": convergence, "cpu": cpu}
 
 
 def filled(text: str) -> str:
