@@ -44,6 +44,8 @@ class GruQatForCausalLM(GruQatPreTrainedModel, GenerationMixin):
         self.lm_head = VocabularyLinear(in_features, out_features, bias=new_embeddings.bias is not None, device="meta")
         self.lm_head.weight, self.lm_head.bias = new_embeddings.weight, new_embeddings.bias
         self.lm_head.train(self.training)
+        # transformers' mark that there is nothing to initialise.
+        self.lm_head._is_hf_initialized = getattr(new_embeddings, "_is_hf_initialized", False)
 
     @can_return_tuple
     def forward(
@@ -67,12 +69,17 @@ class GruQatForCausalLM(GruQatPreTrainedModel, GenerationMixin):
             logits_to_keep: only the last this many steps get logits, or those at the indices given; 0 means all. Not with labels.
             prefill_chunk_size: read the sequence in parts of this many steps, for less memory; only the last part gets logits.
                 Needs a cache, and not with labels.
+            shift_labels: ``[B, T]``: what each step has to predict, shifted already; takes the place of ``labels``.
 
         Raises:
             ValueError: as GruQatModel.forward, or arguments that exclude each other.
         """
         keeps_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
-        if labels is not None and not (keeps_all and prefill_chunk_size is None):
+        # Not in the signature: Trainer takes every argument with "label" in its name for one that evaluation needs.
+        targets = kwargs.pop("shift_labels", None)
+        if targets is None and labels is not None:
+            targets = _next_tokens(labels, attention_mask)
+        if targets is not None and not (keeps_all and prefill_chunk_size is None):
             raise ValueError("labels need the logits of every step: leave out logits_to_keep and prefill_chunk_size")
         if prefill_chunk_size is not None:
             # The rest of the arguments is for the last part; the cache takes the others in.
@@ -91,13 +98,9 @@ class GruQatForCausalLM(GruQatPreTrainedModel, GenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
-        if labels is not None:
+        if targets is not None:
             loss = self.loss_function(
-                logits=logits,
-                labels=labels,
-                vocab_size=self.config.vocab_size,
-                shift_labels=_next_tokens(labels, attention_mask),
-                **kwargs,
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, shift_labels=targets, **kwargs
             )
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states

@@ -113,10 +113,14 @@ class GruQatModel(GruQatPreTrainedModel):
             cache.update(state, steps)
         if output_hidden_states is None:
             output_hidden_states = config.output_hidden_states
+        last, hidden_states = out.transpose(0, 1), None
+        if output_hidden_states:
+            # The input is the very tensor that the outputs come from, so that its gradient can be retained.
+            hidden_states = (x, *(layer.transpose(0, 1) for layer in hidden[1:-1]), last)
         return GruQatModelOutput(
-            last_hidden_state=out.transpose(0, 1),
+            last_hidden_state=last,
             past_key_values=cache,
-            hidden_states=tuple(layer.transpose(0, 1) for layer in hidden) if output_hidden_states else None,
+            hidden_states=hidden_states,
             pooler_output=torch.cat(tuple(state[-config.num_directions :]), dim=-1),
         )
 

@@ -27,7 +27,7 @@ class GruQatPreTrainedModel(LifecycleMixin, StreamingMixin, SharingMixin, PreTra
 
     config_class = GruQatConfig
     base_model_prefix = "model"
-    main_input_name = "inputs_embeds"
+    main_input_name = "input_ids"  # of the class, by convention its first argument; an instance knows what it takes
     supports_gradient_checkpointing = True
     _no_split_modules = ["GRULayer"]  # noqa: RUF012  (transformers reads and replaces it)
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012

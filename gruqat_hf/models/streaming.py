@@ -73,8 +73,7 @@ class GruQatStream:
         is_step = x.dim() == dims
         inputs: dict[str, Any] = {_input_name(model, is_ids): x.unsqueeze(1) if is_step else x}
         if attention_mask is not None:
-            mask_name = "past_observed_mask" if "past_observed_mask" in model.input_names else "attention_mask"
-            inputs[mask_name] = attention_mask.unsqueeze(1) if attention_mask.dim() == 1 else attention_mask
+            inputs["attention_mask"] = attention_mask.unsqueeze(1) if attention_mask.dim() == 1 else attention_mask
         # A copy: what fails half-way leaves the stream as it was.
         cache = GruQatCache(self._cache.state, self._cache.seen_tokens)
         outputs = model(**inputs, past_key_values=cache, use_cache=True, output_hidden_states=False, return_dict=True)

@@ -42,6 +42,7 @@ class GruQatForTimeSeriesPrediction(GruQatPreTrainedModel):
 
     accepts_loss_kwargs = False
     stream_output = "prediction_outputs"
+    main_input_name = "past_values"
     input_names = ("past_values", "past_observed_mask")
 
     def __init__(self, config: GruQatConfig) -> None:
@@ -64,6 +65,7 @@ class GruQatForTimeSeriesPrediction(GruQatPreTrainedModel):
         past_observed_mask: Tensor | None = None,
         future_values: Tensor | None = None,
         future_observed_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
         past_key_values: GruQatCache | Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -78,6 +80,7 @@ class GruQatForTimeSeriesPrediction(GruQatPreTrainedModel):
             future_values: ``[B, prediction_length, input_size]``, or ``[B, prediction_length]`` with ``past_values`` ``[B, T]``;
                 gives ``loss``, the mean of ``config.forecast_loss`` ("mse" or "l1").
             future_observed_mask: 0 where a future value does not count, of the shape of ``future_values``.
+            attention_mask: ``[B, T]``, 0 where a step of the past is padding.
             past_key_values, use_cache, output_hidden_states, return_dict: as in :meth:`GruQatModel.forward`.
 
         Raises:
@@ -90,12 +93,12 @@ class GruQatForTimeSeriesPrediction(GruQatPreTrainedModel):
         x = past_values.unsqueeze(-1) if single else past_values
         if x.dim() != 3 or x.shape[-1] != size:
             raise ValueError(f"past_values must be [B, T, {size}], got {list(past_values.shape)}")
-        steps = None
         if past_observed_mask is not None:
-            x, steps = _observed(x, past_observed_mask)
+            x, observed = _observed(x, past_observed_mask)
+            attention_mask = observed if attention_mask is None else _both(observed, attention_mask)
         outputs = self.model(
             inputs_embeds=x,
-            attention_mask=steps,
+            attention_mask=attention_mask,
             past_key_values=past_key_values,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
@@ -122,6 +125,13 @@ class GruQatForTimeSeriesPrediction(GruQatPreTrainedModel):
         difference = forecast - future
         errors = difference.abs() if self.config.forecast_loss == "l1" else difference.square()
         return errors.sum() / max(errors.numel(), 1)
+
+
+def _both(observed: Tensor, mask: Tensor) -> Tensor:
+    """Which steps ``[B, T]`` are observed and no padding; ``mask`` may reach back further."""
+    if mask.dim() != 2 or mask.shape[0] != observed.shape[0] or mask.shape[1] < observed.shape[1]:
+        raise ValueError(f"attention_mask must be {list(observed.shape)}, got {list(mask.shape)}")
+    return observed & mask[:, -observed.shape[1] :].to(observed.device).bool()
 
 
 def _observed(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
