@@ -187,6 +187,21 @@ class TestTensors:
         (path / "model.safetensors").unlink()
         refused(path, "safetensors")
 
+    @pytest.mark.parametrize("state", ["qat", "frozen"])
+    def test_a_lost_damaged_or_foreign_head(self, copy_of, state):
+        """Of the class that was saved, the head belongs to the checkpoint; a base model does not need it."""
+        for change, mentioned in (
+            (lambda tensors: tensors.pop("classifier.weight"), "missing: classifier.weight"),
+            (lambda tensors: tensors.update({"classifier.foo": torch.ones(2)}), "extra: classifier.foo"),
+            (lambda tensors: tensors["classifier.weight"].fill_(torch.nan), "classifier.weight: NaN"),
+            (lambda tensors: tensors[_LAYER + "bias_hidden"].fill_(torch.inf), "bias_hidden: NaN or infinite"),
+        ):
+            path = copy_of(state)
+            edit_tensors(path, change)
+            with pytest.raises(ValueError, match=mentioned):
+                AutoModelForSequenceClassification.from_pretrained(path)
+        assert AutoModel.from_pretrained(copy_of(state)).quant_state == state
+
     def test_a_head_of_another_size(self, copy_of):
         path = copy_of("frozen")
         with pytest.raises((ValueError, RuntimeError)):

@@ -42,7 +42,9 @@ def assert_same_gradients(stack: GRUStack, gru: nn.GRU) -> None:
 @pytest.mark.parametrize("steps", [1, 7])
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("hidden", [1, 5, 16])
-@pytest.mark.parametrize(("layers", "bidirectional", "bias"), [(1, False, True), (2, True, True), (3, False, False), (1, True, False)])
+@pytest.mark.parametrize(
+    ("layers", "bidirectional", "bias"), [(1, False, True), (2, True, True), (3, False, False), (1, True, False)]
+)
 def test_float_dense_is_nn_gru(steps, batch, hidden, layers, bidirectional, bias):
     gru = nn.GRU(4, hidden, layers, bias=bias, bidirectional=bidirectional)
     stack = stack_from(gru)
@@ -252,6 +254,37 @@ def test_a_refused_recipe_leaves_every_layer_in_float():
         stack.prepare_qat("fp32")
 
 
+@pytest.mark.parametrize("recipe", [None, "int8_hidden", "int8_dynamic"])
+def test_inference_between_training_steps_sees_the_new_weights(recipe):
+    """Fused optimizers, transformers' default, change weights without moving their version counters."""
+    layer = GRULayer(4, 8, recipe=recipe)
+    x = torch.randn(5, 2, 4)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True)
+    for _ in range(3):
+        with torch.no_grad():
+            layer.eval()(x)
+        layer.train()(x)[0].square().sum().backward()
+        optimizer.step()
+    with torch.no_grad():
+        assert torch.equal(layer.eval()(x)[0], copy.deepcopy(layer)(x)[0])
+        for parameter in layer.parameters():  # as averaged weights are swapped in
+            parameter.data.copy_(torch.randn_like(parameter) * 0.1)
+        assert torch.equal(layer.eval()(x)[0], copy.deepcopy(layer)(x)[0])
+
+
+def test_layers_that_differ_are_not_taken_for_one():
+    stack = GRUStack(4, 8, 2).prepare_qat("int8_dynamic")
+    stack.layers[0][0].freeze()
+    for call in (lambda: stack.quant_state, stack.freeze, stack.dequantize, lambda: stack.prepare_qat("int8_dynamic")):
+        with pytest.raises(LifecycleError, match=r"share one quant_state.*\(layers.0.0: frozen; layers.1.0: qat"):
+            call()
+    stack = GRUStack(4, 8, 2)
+    stack.layers[0][0].prepare_qat("int8_dynamic")
+    stack.layers[1][0].prepare_qat("int8_state16")
+    with pytest.raises(LifecycleError, match="share one recipe.*layers.1.0: int8_state16"):
+        _ = stack.recipe
+
+
 def test_weights_that_diverged_are_not_frozen():
     stack = GRUStack(4, 8, 2).prepare_qat("int8_dynamic")
     with torch.no_grad():
@@ -297,7 +330,9 @@ def test_a_skeleton_on_meta_has_the_frozen_layout():
     for kind in KINDS:
         real = GRULayer(8, 8, structure_hidden=kind, structure_input=kind, recipe="int4_per_group_64")
         real.calibrate([torch.randn(5, 2, 8)], progress=False).freeze()
-        meta = GRULayer(8, 8, structure_hidden=kind, structure_input=kind, device="meta").prepare_qat("int4_per_group_64").freeze()
+        meta = (
+            GRULayer(8, 8, structure_hidden=kind, structure_input=kind, device="meta").prepare_qat("int4_per_group_64").freeze()
+        )
         assert {k: (v.shape, v.dtype) for k, v in meta.state_dict().items()} == {
             k: (v.shape, v.dtype) for k, v in real.state_dict().items()
         }

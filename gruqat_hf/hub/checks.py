@@ -67,7 +67,7 @@ def read_headers(files: Iterable[str]) -> dict[str, TensorSpec]:
 
 
 def check_names(model: PreTrainedModel, spec: Mapping[str, TensorSpec], found: Mapping[str, TensorSpec]) -> None:
-    """Compare what a checkpoint holds with what the body of ``model`` needs; heads may be missing or left over.
+    """Compare what a checkpoint holds with what ``model`` needs; only of another class the head may be missing or left over.
 
     Raises:
         ValueError: naming the tensors that are missing, extra, misshapen or of another type.
@@ -77,6 +77,13 @@ def check_names(model: PreTrainedModel, spec: Mapping[str, TensorSpec], found: M
     problems += [f"extra: {name}" for name in given if name not in wanted]
     for name in wanted.keys() & given.keys():
         problems += _differences(name, wanted[name], given[name])
+    if type(model).__name__ in (model.config.architectures or ()):
+        tied = set(getattr(model, "_tied_weights_keys", None) or ()) if model.config.tie_word_embeddings else set()
+        inside = f"{model.base_model_prefix}."
+        heads = [{name for name in names if not name.startswith(inside)} - tied for names in (spec, found)]
+        if any(name.startswith(inside) for name in spec):
+            problems += [f"missing: {name}" for name in sorted(heads[0] - heads[1])]
+            problems += [f"extra: {name}" for name in sorted(heads[1] - heads[0])]
     _refuse(problems)
 
 
@@ -90,6 +97,8 @@ def check_tensors(model: PreTrainedModel, spec: Mapping[str, TensorSpec]) -> Non
     for name, tensor in model.state_dict().items():
         if tensor.device.type != "meta" and name in spec:
             problems += _differences(name, spec[name], TensorSpec(tuple(tensor.shape), tensor.dtype, True))
+            if not spec[name].exact and not bool(torch.isfinite(tensor).all()):
+                problems.append(f"{name}: NaN or infinite")
     # Values can be made sense of only where the shapes are right.
     if not problems:
         for path, module in model.named_modules():
@@ -140,7 +149,9 @@ def _bad_scale(name: str, scale: Tensor | None) -> list[str]:
         return []
     if not bool(torch.isfinite(scale).all()):
         return [f"{name}: NaN or infinite"]
-    return [] if bool((scale > 0).all()) else [f"{name}: not positive"]
+    if not bool((scale > 0).all()):
+        return [f"{name}: not positive"]
+    return [] if bool(torch.isfinite(1.0 / scale).all()) else [f"{name}: too small to divide by"]
 
 
 def _readable(tensor: Tensor | None) -> bool:

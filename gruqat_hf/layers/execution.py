@@ -60,6 +60,11 @@ class GRUExecution(nn.Module):
         self._cached_plan: CachedPlan | None = None
         self._state = QuantState.FLOAT
 
+    def train(self, mode: bool = True) -> GRUExecution:
+        """As torch.nn.Module's; also forgets what was prepared from the weights, which may have been swapped through ``.data``."""
+        self._cached_plan = None
+        return super().train(mode)
+
     def __getstate__(self) -> dict[str, object]:
         # A plan belongs to this object's tensors; a copy or a pickle makes its own.
         return {**self.__dict__, "_cached_plan": None}
@@ -114,7 +119,11 @@ class GRUExecution(nn.Module):
 
     def _plan(self, x: Tensor) -> Plan | None:
         """The prepared inference of the chosen backend, or None where it has none; kept until a weight changes."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type == "meta":
+        if torch.compiler.is_compiling() or x.device.type == "meta":
+            return None
+        if torch.is_grad_enabled():
+            # A training step may follow, and fused optimizers change weights without counting a version.
+            self._cached_plan = None
             return None
         key = (
             x.device,

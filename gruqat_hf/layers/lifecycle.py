@@ -36,8 +36,8 @@ _ADVICE: dict[tuple[str, QuantState], str] = {
     ("calibrate", QuantState.FLOAT): "it has no quantizers; call prepare_qat(recipe) first",
     ("calibrate", QuantState.FROZEN): "its scales are fixed; call dequantize(), prepare_qat(recipe) and calibrate(loader) again",
     ("freeze", QuantState.FLOAT): "there is nothing to freeze; call prepare_qat(recipe) first",
-    ("freeze", QuantState.FROZEN): "it is frozen already",
-    ("dequantize", QuantState.FLOAT): "it is in float already",
+    ("freeze", QuantState.FROZEN): "it is frozen already; save_pretrained() it, or dequantize() to train on",
+    ("dequantize", QuantState.FLOAT): "it is in float already; prepare_qat(recipe) is the way on",
     ("dequantize", QuantState.QAT): "its weights are float already and its quantizers would be lost; call freeze() first",
 }
 

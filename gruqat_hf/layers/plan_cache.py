@@ -25,8 +25,9 @@ def _tell_once() -> None:
 class CachedPlan:
     """What ``prepare_plan`` gave for a module, good until a tensor or module in it is changed in place, replaced, added or moved.
 
-    Checking costs some microseconds, as a single streamed step must not wait for it. A change behind autograd's back, through
-    ``tensor.data``, goes unseen like everywhere else in PyTorch where version counters are read.
+    Checking costs some microseconds, as a single streamed step must not wait for it. It reads version counters, which neither
+    fused optimizers nor writes through ``tensor.data`` move: so layers drop their plan with every forward pass that has gradients
+    on, and with ``train()`` and ``eval()``.
 
     Args:
         module: whose tensors and modules, at any depth, are watched.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..quantization import QuantRecipe
 from ..structures import StructureConfig
 from .layer import GRULayer
-from .lifecycle import QuantState, require_calibrated, require_state, run_calibration
+from .lifecycle import LifecycleError, QuantState, require_calibrated, require_state, run_calibration
 
 
 class GRUStack(nn.Module):
@@ -113,11 +113,37 @@ class GRUStack(nn.Module):
 
     @property
     def quant_state(self) -> QuantState:
-        return next(self.flat_layers()).quant_state
+        """The state of all layers.
+
+        Raises:
+            LifecycleError: they are in different ones.
+        """
+        return self._agreed("quant_state")
 
     @property
     def recipe(self) -> QuantRecipe | None:
-        return next(self.flat_layers()).recipe
+        """The recipe of all layers; None in float.
+
+        Raises:
+            LifecycleError: they have different ones.
+        """
+        return self._agreed("recipe")
+
+    def _agreed(self, attribute: str) -> Any:
+        values = {
+            f"layers.{index}.{direction}": getattr(layer, attribute)
+            for index, directions in enumerate(self.layers)
+            for direction, layer in enumerate(directions)  # type: ignore[arg-type]
+        }
+        first = next(iter(values.values()))
+        if any(value != first for value in values.values()):
+            named = {name: value.name or value if isinstance(value, QuantRecipe) else value for name, value in values.items()}
+            told = "; ".join(f"{name}: {value}" for name, value in named.items())
+            raise LifecycleError(
+                f"the layers of a stack share one {attribute}, but these differ ({told}); a checkpoint could not say so. Bring "
+                "all to the same one by calls on the stack or the model instead of single layers"
+            )
+        return first
 
     def prepare_qat(self, recipe: QuantRecipe | Mapping[str, Any] | str) -> GRUStack:
         """float → qat in every layer.
@@ -126,6 +152,7 @@ class GRUStack(nn.Module):
             LifecycleError: not in float.
             ValueError: a recipe that quantizes nothing, or that some layer cannot have; no layer is changed.
         """
+        require_state("prepare_qat", self.quant_state, QuantState.FLOAT)
         done: list[GRULayer] = []
         for layer in self.flat_layers():
             try:
@@ -180,6 +207,7 @@ class GRUStack(nn.Module):
         Raises:
             LifecycleError: not in frozen.
         """
+        require_state("dequantize", self.quant_state, QuantState.FROZEN)
         for layer in self.flat_layers():
             layer.dequantize()
         return self

@@ -62,6 +62,9 @@ class LifecycleMixin:
                 left out), tuples whose first entry is the input, or the input itself.
             progress: whether a progress bar is shown.
 
+        Ranges go on from what was observed before, in training or by an earlier call; a learned scale takes its first value from
+        the first batch, if nothing was observed before, and no other.
+
         Raises:
             ValueError: no batch, or one without inputs.
             LifecycleError: the model is not in the QAT state.
@@ -123,9 +126,7 @@ class LifecycleMixin:
             inputs = {name: batch[name] for name in names if batch.get(name) is not None}
             needed = [name for name in self.input_names if not name.endswith("mask")]
             if not inputs.keys() & set(needed):
-                raise ValueError(
-                    f"calibrate(loader): a batch needs {' or '.join(needed)}, got only {', '.join(map(str, batch))}"
-                )
+                raise ValueError(f"calibrate(loader): a batch needs {' or '.join(needed)}, got only {', '.join(map(str, batch))}")
         else:
             first = batch[0] if isinstance(batch, (tuple, list)) else batch
             inputs = {self.main_input_name: first}  # type: ignore[attr-defined]

@@ -51,8 +51,8 @@ class GruQatPreTrainedModel(LifecycleMixin, StreamingMixin, SharingMixin, PreTra
     @property
     def dtype(self) -> torch.dtype:
         """Type of the float parameters; scales are fp32 whatever it is."""
-        tensors = (tensor.dtype for group in (self.parameters(), self.buffers()) for tensor in group)
-        return next((dtype for dtype in tensors if dtype.is_floating_point), torch.float32)
+        own = (parameter.dtype for parameter in self.parameters() if parameter.is_floating_point())
+        return next(own, None) or getattr(self.config, "dtype", None) or torch.float32
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

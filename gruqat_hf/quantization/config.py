@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -91,13 +90,21 @@ class QuantizerConfig:
         if self.scale is not None:
             if self.observer != "fixed":
                 raise ValueError(f"QuantizerConfig.scale={self.scale!r} needs observer='fixed', got {self.observer!r}")
-            if not (_is_number(self.scale) and math.isfinite(self.scale) and self.scale > 0):
-                raise ValueError(f"QuantizerConfig.scale must be a positive finite number, got {self.scale!r}")
+            # 1/scale must be finite in fp32 too.
+            if not (_is_number(self.scale) and 1e-37 <= self.scale <= 1e37):
+                raise ValueError(f"QuantizerConfig.scale must be a positive finite number, 1e-37 to 1e37, got {self.scale!r}")
         if self.zero_point is not None:
             if self.observer != "fixed" or self.symmetric:
                 raise ValueError(f"QuantizerConfig.zero_point={self.zero_point!r} needs observer='fixed' and symmetric=False")
-            if not (_is_number(self.zero_point) and self.qmin <= self.zero_point <= self.qmax):
-                raise ValueError(f"QuantizerConfig.zero_point must lie in [{self.qmin}, {self.qmax}], got {self.zero_point!r}")
+            if self.scale is None:
+                raise ValueError(
+                    f"QuantizerConfig.zero_point={self.zero_point!r} needs a scale with it: QuantizerConfig(scale=...)"
+                )
+            is_integer = isinstance(self.zero_point, int) and not isinstance(self.zero_point, bool)
+            if not (is_integer and self.qmin <= self.zero_point <= self.qmax):
+                raise ValueError(
+                    f"QuantizerConfig.zero_point must be an integer in [{self.qmin}, {self.qmax}], got {self.zero_point!r}"
+                )
 
     @property
     def qmax(self) -> int:

@@ -84,9 +84,9 @@ class FakeQuantize(KeepsFloat32, nn.Module):
         config = self.config
         if config.symmetric:
             bound = torch.maximum(low.abs(), high.abs())
-            return (bound / config.qmax).clamp_min(MIN_SCALE), torch.zeros_like(bound, dtype=torch.int32)
+            return _divide(bound, config.qmax).clamp_min(MIN_SCALE), torch.zeros_like(bound, dtype=torch.int32)
         low, high = low.clamp_max(0.0), high.clamp_min(0.0)
-        scale = ((high - low) / (config.qmax - config.qmin)).clamp_min(MIN_SCALE)
+        scale = _divide(high - low, config.qmax - config.qmin).clamp_min(MIN_SCALE)
         zero_point = torch.clamp(config.qmin - torch.round(low / scale), config.qmin, config.qmax)
         return scale, zero_point.to(torch.int32)
 
@@ -210,6 +210,11 @@ class FakeQuantize(KeepsFloat32, nn.Module):
         if self.scale.device.type == "meta" or self.is_calibrated:
             return describe(self.config, None if self.is_dynamic else self.scale)
         return describe(self.config, None) + ", nothing observed yet"
+
+
+def _divide(value: Tensor, by: int) -> Tensor:
+    """``value / by``, rounded once on every device: CUDA multiplies by the reciprocal of a number, but divides by a tensor."""
+    return value / torch.full_like(value, by)
 
 
 def describe(config: QuantizerConfig, scale: Tensor | None) -> str:

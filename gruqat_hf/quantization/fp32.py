@@ -23,6 +23,8 @@ class KeepsFloat32:
             kept = old.to(new.device)
             if name in self._parameters:
                 new.data = kept
+                if new.grad is not None:
+                    new.grad = new.grad.to(kept.dtype)
             else:
                 self._buffers[name] = kept
         return self

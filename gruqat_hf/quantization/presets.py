@@ -27,7 +27,8 @@ _INT8_STATE16 = replace(_INT8_PER_CHANNEL, state=_UNIT_INT16, name="int8_state16
 #: Named recipes. ``int8_state16`` is the one to start from: int8 weights and matmul operands, 16-bit carried state.
 #: ``int8_per_channel`` carries the state in 8 bits as well. ``int4_per_group_64`` has 4-bit weights with a scale per 64 inputs.
 #: ``int8_dynamic`` takes the input's range from each call and needs no calibration, so that a float checkpoint can be frozen
-#: in one call; its outputs then depend on how a batch is split. ``int8_hidden`` quantizes only the hidden state.
+#: in one call; its outputs then depend on how a batch is split, and its range of the value between monarch factors is bounded
+#: from the weights at prepare_qat and does not follow training. ``int8_hidden`` quantizes only the hidden state.
 PRESETS: dict[str, QuantRecipe] = {
     "fp32": QuantRecipe(name="fp32"),
     "int8_per_channel": _INT8_PER_CHANNEL,
