@@ -13,7 +13,7 @@ from .choice import choose
 from .ops import RECOMPUTE_VARIABLE, scan
 from .plan import prepare_plan
 from .spec import spec_of
-from .training_product import training_product
+from .training_product import dense_product
 
 __all__ = ["BACKEND", "RECOMPUTE_VARIABLE"]
 
@@ -51,4 +51,4 @@ def _prepare(weights: LayerWeights, x: Tensor) -> Plan | str:
     return prepare_plan(weights, x)
 
 
-BACKEND = Backend("triton", _refuses, _run, _prepare, training_product)
+BACKEND = Backend("triton", refuses=_refuses, run=_run, prepare=_prepare, product=dense_product)

@@ -87,7 +87,7 @@ class _IntegerProduct(torch.autograd.Function):
         return _backward(ctx, gradient, _)
 
 
-def training_product(operand: Operand, grid: Grid | None, bias: Tensor | None, rows: Tensor) -> Tensor | None:
+def dense_product(operand: Operand, grid: Grid | None, bias: Tensor | None, rows: Tensor) -> Tensor | None:
     """``rows`` ``[R, I]`` → ``[R, gates, H]`` with ``bias`` ``[gates, H]``; None where the general product is to be taken.
 
     It is there for dense weights: float ones, and codes whose scales need no gradient.
