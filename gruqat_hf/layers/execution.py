@@ -61,7 +61,7 @@ class GRUExecution(nn.Module):
         self._state = QuantState.FLOAT
 
     def train(self, mode: bool = True) -> GRUExecution:
-        """As torch.nn.Module's; also forgets what was prepared from the weights, which may have been swapped through ``.data``."""
+        """As torch.nn.Module's; also forgets what was prepared from the weights: they may have been swapped through ``.data``."""
         self._cached_plan = None
         return super().train(mode)
 

@@ -52,5 +52,10 @@ def _counts(quantizer: FakeQuantize, nothing: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _range(quantizer: FakeQuantize) -> Tensor:
-    config = quantizer.config
-    return quantizer.scale.abs().max() * (config.qmax - config.qmin if not config.symmetric else config.qmax)
+    config, scale = quantizer.config, quantizer.scale.detach()
+    if hasattr(scale, "full_tensor"):  # a learned scale under FSDP2; all ranks are here
+        scale = scale.full_tensor()
+    if quantizer.zero_point is None:
+        return scale.abs().max() * config.qmax
+    zero = quantizer.zero_point.to(scale.dtype)
+    return (scale.abs() * torch.maximum(zero - config.qmin, config.qmax - zero)).max()
