@@ -14,9 +14,10 @@ from torch import Tensor
 from gruqat_hf.operands import BlockDiagonalOperand, Factor, MonarchOperand, Operand
 from gruqat_hf.quantization import Grid
 from gruqat_hf.scan import ScanGrids, ScanInputs, scan_reference
+from gruqat_hf.scan.spec import ScanSpec
 from gruqat_hf.scan.triton.device import INTERPRETED
 from gruqat_hf.scan.triton.family import ScanGradients, kernels
-from gruqat_hf.scan.triton.spec import ScanSpec, spec_of
+from gruqat_hf.scan.triton.precision import spec_of
 
 
 def skip_unless_kernels_run(device: torch.device) -> None:

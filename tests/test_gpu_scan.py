@@ -15,7 +15,7 @@ MONARCH8 = {"kind": "monarch", "nblocks": 8}
 REAL = {**STRUCTURES, "blockdiag8": EIGHT, "monarch8": MONARCH8}
 
 
-@pytest.mark.parametrize("precision, states_within, gradients_within", [("highest", 2e-5, 1e-4), ("high", 4e-4, 2e-3)])
+@pytest.mark.parametrize("precision, states_within, gradients_within", [("highest", 2e-5, 1e-4), ("high", 2e-4, 1e-3)])
 @pytest.mark.parametrize("name", REAL)
 def test_float(name, precision, states_within, gradients_within):
     """Distances are relative to the norm; in "high" most of them is the tf32 input product's, which PyTorch computes."""

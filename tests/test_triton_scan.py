@@ -185,7 +185,7 @@ def test_exact_products_of_long_rows(monkeypatch):
     from gruqat_hf.quantization import Grid
     from gruqat_hf.scan import ScanGrids, ScanInputs, scan_reference
     from gruqat_hf.scan.triton.ops import scan
-    from gruqat_hf.scan.triton.spec import spec_of
+    from gruqat_hf.scan.triton.precision import spec_of
 
     hidden = 1100
     codes = torch.randint(120, 128, (3, 1, hidden, hidden)).to(torch.int8)

@@ -8,8 +8,8 @@ from torch import Tensor
 from ...operands import BlockDiagonalOperand, DiagonalOperand, Factor
 from ...quantization import Grid
 from ..product import OperandProduct
-from ..triton.gradients import before_steps
-from ..triton.spec import ScanSpec, SpecTensors, flatten, restore
+from ..replay import before_steps
+from ..spec import ScanSpec, SpecTensors, flatten, restore
 
 
 def product_gradients(

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..inputs import LayerWeights, ScanInputs
-from ..triton.gradients import replay_step
-from ..triton.spec import ScanSpec, SpecTensors, flatten, restore
+from ..replay import replay_step
+from ..spec import ScanSpec, SpecTensors, flatten, restore
 from .gradients import product_gradients
 from .library import BackwardStruct, Library, library, pointer, threads
 from .packing import AdjointPack, CannotPackError, LayerPack, check_operand, padded

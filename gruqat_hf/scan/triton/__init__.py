@@ -12,7 +12,7 @@ from ..inputs import LayerWeights, ScanInputs
 from .choice import choose
 from .ops import RECOMPUTE_VARIABLE, scan
 from .plan import prepare_plan
-from .spec import spec_of
+from .precision import spec_of
 from .training_product import dense_product
 
 __all__ = ["BACKEND", "RECOMPUTE_VARIABLE"]

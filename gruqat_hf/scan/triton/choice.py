@@ -8,9 +8,10 @@ import torch
 
 from ...operands import BlockDiagonalOperand, DiagonalOperand, MonarchOperand
 from ..inputs import ScanInputs
+from ..spec import is_integer
 from . import block_diagonal, dense, diagonal, monarch
 from .device import DeviceFacts, device_facts, refuses_device
-from .spec import is_integer, spec_of
+from .precision import spec_of
 
 _FAMILIES: dict[str, ModuleType] = {
     "diagonal": diagonal,

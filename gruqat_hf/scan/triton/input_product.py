@@ -12,10 +12,10 @@ from torch import Tensor
 from ...operands import BlockDiagonalOperand
 from ..inputs import LayerWeights
 from ..product import OperandProduct
+from ..spec import is_integer, pack_grid
 from .device import device_facts
 from .family import KernelCall, aligned
 from .math import codes, load_grid
-from .spec import is_integer, pack_grid
 
 #: Gives ``[R, 3 * H]`` for rows ``[R, I]``.
 InputProduct = Callable[[Tensor], Tensor]

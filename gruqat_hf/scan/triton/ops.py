@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import gradients
+from .. import replay
+from ..spec import ScanSpec, SpecTensors, flatten, restore
 from .choice import family_rules
 from .family import ScanGradients, kernels, needs_operators
-from .spec import ScanSpec, SpecTensors, flatten, restore
 
 #: "1" computes gates again in the backward pass instead of keeping ``4 * T * B * H`` values between the passes.
 RECOMPUTE_VARIABLE = "GRUQAT_RECOMPUTE_GATES"
@@ -67,7 +67,7 @@ def _scan_backward(gi: Tensor, h0: Tensor, *args: Any) -> list[Tensor]:
         gates = gi.new_empty((steps, rows, 4, hidden), dtype=spec.gates_dtype)
         packs = family_rules(family).PACKS_GATES and gates.dtype == torch.float16
         planes = gates.view(steps, rows, hidden, 4).transpose(2, 3) if packs else gates
-        gradients.recompute_gates(spec, gi, h0, states, reverse, planes)
+        replay.recompute_gates(spec, gi, h0, states, reverse, planes)
     dstates = torch.zeros_like(states) if dstates is None else dstates.contiguous()
     dlast = torch.zeros_like(h0, dtype=states.dtype) if dlast is None else dlast.contiguous()
     backward = kernels(family, "backward")
@@ -137,11 +137,11 @@ def _gradients(
     spec, mask, _, reverse = _split((*tensors, mask, *ctx.options))
     found = SpecTensors(*(None,) * len(tensors))  # type: ignore[arg-type]
     if needs_scales:
-        found = gradients.replay_step(spec, needs, gi, h0, states, reverse, result.adjoint)
+        found = replay.replay_step(spec, needs, gi, h0, states, reverse, result.adjoint)
     elif needs_weights and result.dfirst is not None:
         found = found._replace(first=result.dfirst, second=result.dsecond, bias=result.dbias)
     elif needs_weights:
-        found = gradients.replay_product(spec, needs, h0, states, reverse, result.dgi, result.dgh_n)
+        found = replay.replay_product(spec, needs, h0, states, reverse, result.dgi, result.dgh_n)
     weights = [
         gradient.to(tensor.dtype) if wanted and gradient is not None else None
         for gradient, tensor, wanted in zip(found, tensors, needs)

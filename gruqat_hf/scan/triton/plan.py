@@ -13,7 +13,7 @@ from ..inputs import LayerWeights, ScanInputs
 from ..reference import scan_reference
 from .choice import choose
 from .family import aligned, kernels
-from .spec import spec_of
+from .precision import spec_of
 
 #: Fills the states of one scan: gi, h0, mask, states.
 _Launch = Callable[[Tensor, Tensor, "Tensor | None", Tensor], None]

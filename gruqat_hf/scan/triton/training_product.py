@@ -11,9 +11,9 @@ from torch.nn.functional import linear
 
 from ...operands import BlockDiagonalOperand, Operand
 from ...quantization import Grid
+from ..spec import is_integer, pack_grid
 from .device import refuses_device
 from .family import needs_operators
-from .spec import is_integer, pack_grid
 
 
 def _integer_product(

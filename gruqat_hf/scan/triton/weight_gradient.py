@@ -7,10 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..spec import ScanSpec, is_integer, pack_grid
 from .device import device_facts
 from .family import KernelCall
 from .math import codes, count, load_grid
-from .spec import ScanSpec, fp32_precision, is_integer, pack_grid
+from .precision import fp32_precision
 
 #: Rows that a program adds up at a time.
 _DEPTH = 32

@@ -10,10 +10,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ...spec import ScanSpec, pack_grid
 from ..device import device_facts
 from ..family import KernelCall, ScanGradients
 from ..math import count, gru_gradients, in_range, load_grid, put, unpack_halves
-from ..spec import ScanSpec, fp32_precision, pack_grid
+from ..precision import fp32_precision
 from ..weight_gradient import weight_gradient
 from . import ROWS, backward_stages, is_resident, padded_size, streamed
 from .forward import multiply

@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...spec import grid_size
 from ..device import device_facts
 from ..family import KernelCall
 from ..math import codes, count, gru_gates, in_range, load_grid, pack_halves, put
-from ..spec import grid_size
 from . import ROWS, is_resident, streamed, tiling
 from .weights import BlockWeights, packed, prepare
 

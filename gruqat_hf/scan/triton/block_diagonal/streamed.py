@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...spec import grid_size
 from ..family import KernelCall
 from ..math import codes, count, gru_gates, gru_gradients, in_range, load_grid, pack_halves, unpack_halves
-from ..spec import grid_size
 from .weights import BlockWeights, packed
 
 #: Channels of a tile, and rows of the batch.

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ...spec import ScanSpec, is_integer, pack_grid
 from ..math import gate_factors
-from ..spec import ScanSpec, fp32_precision, is_integer, pack_grid
+from ..precision import fp32_precision
 from . import padded_size
 
 

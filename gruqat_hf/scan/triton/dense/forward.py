@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...spec import ScanSpec, pack_grid
 from ..device import device_facts
 from ..exchange import (
     gate_planes,
@@ -26,7 +27,7 @@ from ..exchange import (
 )
 from ..family import KernelCall
 from ..math import count, gate_factors
-from ..spec import ScanSpec, fp32_precision, pack_grid
+from ..precision import fp32_precision
 from .layout import DenseLayout, layout_of
 
 

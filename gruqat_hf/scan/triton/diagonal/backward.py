@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...spec import ScanSpec, is_integer
 from ..family import KernelCall, ScanGradients
 from ..math import codes, count, gru_gates, gru_gradients, in_range, load_grid
-from ..spec import ScanSpec, is_integer
 from .forward import hidden_product
 from .weights import DiagonalWeights
 from .weights import prepare as prepare_forward

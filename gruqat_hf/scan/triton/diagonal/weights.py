@@ -8,8 +8,8 @@ import torch
 import triton
 from torch import Tensor
 
+from ...spec import ScanSpec, grid_size, is_integer, pack_grid
 from ..math import gate_factors
-from ..spec import ScanSpec, grid_size, is_integer, pack_grid
 
 
 class DiagonalWeights(NamedTuple):

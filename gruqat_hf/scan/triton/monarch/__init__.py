@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ...inputs import ScanInputs
 from ..device import DeviceFacts
-from ..spec import spec_of
+from ..precision import spec_of
 from .layout import layout_of
 
 SAVES_GATES = True

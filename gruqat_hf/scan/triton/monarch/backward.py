@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...replay import before_steps
+from ...spec import ScanSpec, pack_grid
 from ..device import device_facts
 from ..exchange import (
     gate_planes,
@@ -23,9 +25,8 @@ from ..exchange import (
     store_planes,
 )
 from ..family import KernelCall, ScanGradients
-from ..gradients import before_steps
 from ..math import count, in_range, put
-from ..spec import ScanSpec, fp32_precision, pack_grid
+from ..precision import fp32_precision
 from .layout import MonarchLayout, layout_of
 from .weights import mid_values, weight_gradients
 

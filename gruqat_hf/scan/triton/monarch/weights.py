@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ....operands import BlockDiagonalOperand, Factor
 from ...product import OperandProduct
-from ..spec import ScanSpec, is_integer
+from ...spec import ScanSpec, is_integer
 
 
 class MidValues(NamedTuple):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...arithmetic.gates import portable_sigmoid, portable_tanh
-from ..product import OperandProduct
-from ..reference import gru_step
+from ..arithmetic.gates import portable_sigmoid, portable_tanh
+from .product import OperandProduct
+from .reference import gru_step
 from .spec import ScanSpec, SpecTensors, flatten, restore
 
 #: Values of a gate that recomputing holds at a time.

@@ -1,4 +1,4 @@
-"""A scan's weights and grids, as the kernel families take them."""
+"""All of a scan but its sequence: weights and grids as kernels take them, and the same as flat tensors for operators."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...operands import BlockDiagonalOperand, DiagonalOperand, Factor, MonarchOperand, Operand
-from ...quantization import Grid
-from ..inputs import ScanGrids, ScanInputs
-from .device import INTERPRETED, device_facts, wants_fp32_products
+from ..operands import BlockDiagonalOperand, DiagonalOperand, Factor, MonarchOperand, Operand
+from ..quantization import Grid
+from .inputs import ScanGrids
 
 
 class SpecTensors(NamedTuple):
@@ -53,11 +52,6 @@ class ScanSpec:
     def gates_dtype(self) -> torch.dtype:
         """In which saved gates are kept."""
         return torch.float32 if self.exact else torch.float16
-
-
-def spec_of(inputs: ScanInputs) -> ScanSpec:
-    exact = wants_fp32_products() and inputs.gi.dtype == torch.float32
-    return ScanSpec(inputs.operand, inputs.bias, inputs.grids, inputs.quantized, exact)
 
 
 def is_integer(factor: Factor, grid: Grid | None) -> bool:
@@ -125,11 +119,3 @@ def restore(tensors: SpecTensors, limits: list[int], quantized: bool, exact: boo
 def grid_size(packed: Tensor | None) -> int:
     """How many scales a packed grid has; 1 for none."""
     return 1 if packed is None else packed.shape[1]
-
-
-def fp32_precision(spec: ScanSpec) -> str:
-    """How dots of fp32 operands are computed."""
-    if not spec.exact or INTERPRETED:
-        return "tf32"
-    device = next(iter(spec.operand.factors.values())).values.device
-    return "tf32x3" if device_facts(device).capability >= (8, 0) else "ieee"

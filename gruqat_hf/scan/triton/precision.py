@@ -1,0 +1,22 @@
+"""How exact a scan's float products must be."""
+
+from __future__ import annotations
+
+import torch
+
+from ..inputs import ScanInputs
+from ..spec import ScanSpec
+from .device import INTERPRETED, device_facts, wants_fp32_products
+
+
+def spec_of(inputs: ScanInputs) -> ScanSpec:
+    exact = wants_fp32_products() and inputs.gi.dtype == torch.float32
+    return ScanSpec(inputs.operand, inputs.bias, inputs.grids, inputs.quantized, exact)
+
+
+def fp32_precision(spec: ScanSpec) -> str:
+    """How dots of fp32 operands are computed."""
+    if not spec.exact or INTERPRETED:
+        return "tf32"
+    device = next(iter(spec.operand.factors.values())).values.device
+    return "tf32x3" if device_facts(device).capability >= (8, 0) else "ieee"
