@@ -3,8 +3,8 @@
 Every round calls each model once, one after the other, so that other load on the machine hits all alike; "times" is the median
 over rounds of nn.GRU's time divided by the model's. Layers are called as users call them.
 
-    python scripts/benchmark_cpu.py              # everything, 1 and 2 threads, into benchmarks/
-    python scripts/benchmark_cpu.py --rounds 5 --threads 1 --out /tmp
+    python scripts/benchmark.py cpu              # everything, 1 and 2 threads, into benchmarks/
+    python scripts/benchmark.py cpu --rounds 5 --threads 1 --out /tmp
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The table and the figures of a GPU benchmark, from the JSON that scripts/benchmark.py wrote.
+"""The table and the figures of a GPU benchmark, from the JSON that scripts/benchmark.py gpu wrote.
 
 python scripts/plot_benchmarks.py                            # the newest benchmarks/gpu-*.json; prints the table
 python scripts/plot_benchmarks.py benchmarks/gpu-2026-01-01.json --out docs/images
@@ -118,7 +118,7 @@ def main() -> None:
     arguments = parser.parse_args()
     source = arguments.json or max((ROOT / "benchmarks").glob("gpu-*.json"), default=None)
     if source is None:
-        parser.error("no benchmarks/gpu-*.json; run scripts/benchmark.py first")
+        parser.error("no benchmarks/gpu-*.json; run scripts/benchmark.py gpu first")
     report = json.loads(source.read_text(encoding="utf-8"))
     out = arguments.out or source.parent
     out.mkdir(parents=True, exist_ok=True)
