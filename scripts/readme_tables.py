@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from plot_benchmarks import table as gpu_table
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -86,7 +88,12 @@ def cpu(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {"quickstart": quickstart, "convergence": convergence, "cpu": cpu}
+SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "quickstart": quickstart,
+    "convergence": convergence,
+    "cpu": cpu,
+    "gpu": gpu_table,
+}
 
 
 def filled(text: str) -> str:
