@@ -179,3 +179,17 @@ class TestDtype:
     def test_half_is_refused_when_quantized(self):
         with pytest.raises(ValueError, match="half"):
             in_state(small_model(), "qat").half()
+
+
+def test_the_report_counts_what_a_checkpoint_holds():
+    model = small_model(num_hidden_layers=2)
+    dense = model.report()
+    assert all(layer.state == "float" and layer.path == "not run yet" for layer in dense.layers)
+    assert dense.tensor_bytes == 4 * model.num_parameters()
+    model.prepare_qat("int8_state16").calibrate([features()], progress=False).freeze()
+    output_of(model, features())
+    frozen = model.report()
+    assert frozen.tensor_bytes == sum(tensor.nbytes for tensor in model.state_dict().values()) < dense.tensor_bytes
+    assert [layer.name for layer in frozen.layers] == ["model.stack.layers.0.0", "model.stack.layers.1.0"]
+    assert frozen.layers[0].bits["state"] == 16 and "mid_hidden" not in frozen.layers[0].bits
+    assert "frozen" in str(frozen) and frozen.layers[0].path.split()[0] in ("cpu", "triton", "reference")

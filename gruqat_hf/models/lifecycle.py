@@ -13,6 +13,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..layers import GRUStack, QuantState
 from ..layers.lifecycle import require_state, run_calibration
+from ..layers.report import Report, report
 from ..quantization import QuantRecipe
 
 if TYPE_CHECKING:
@@ -39,6 +40,11 @@ class LifecycleMixin:
     def quant_state(self) -> QuantState:
         """ "float", "qat" or "frozen", read off the layers."""
         return self.get_stack().quant_state
+
+    def report(self) -> Report:
+        """What the layers are made of, as a table when printed: structures, bits, bytes beside a dense fp32 GRU's, and which scan
+        backend ran last and why."""
+        return report(self)  # type: ignore[arg-type]
 
     def prepare_qat(self, config: QuantizationConfigMixin | QuantRecipe | Mapping[str, Any] | str) -> Self:
         """Make a float model a fake-quantized one that trains; returns itself.
