@@ -1,8 +1,8 @@
 """Speed beside torch's own GRUs, into dated JSON under benchmarks/: of a CUDA device where there is one, else of the processor.
 
-    python scripts/benchmark.py                # what this machine has
-    python scripts/benchmark.py cpu --rounds 5 # one of them, and its options (benchmark_cpu.py, benchmark_gpu.py; --help)
-    python scripts/benchmark.py gpu --shapes 512,32,512
+python scripts/benchmark.py                # what this machine has
+python scripts/benchmark.py cpu --rounds 5 # one of them, and its options (benchmark_cpu.py, benchmark_gpu.py; --help)
+python scripts/benchmark.py gpu --shapes 512,32,512
 """
 
 from __future__ import annotations

@@ -225,6 +225,6 @@ def describe(config: QuantizerConfig, scale: Tensor | None) -> str:
     parts.append("symmetric" if config.symmetric else "affine")
     parts.append(config.scheme if config.scheme != "observed" else config.observer)
     if scale is not None and scale.device.type != "meta":
-        low, high = float(scale.min()), float(scale.max())
+        low, high = (float(bound) for bound in scale.detach().aminmax())
         parts.append(f"scale {low:.4g}" if low == high else f"scale {low:.4g} to {high:.4g}")
     return ", ".join(parts)
