@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("gruqat-hf", "torch", "transformers", "accelerate", "safetensors", "triton", "numpy", "scikit-learn")
+import gruqat_hf
+
+PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "triton", "numpy", "scikit-learn")
 
 
 def cpu_name() -> str:
@@ -24,7 +26,7 @@ def cpu_name() -> str:
 
 
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    found = {"python": platform.python_version(), "gruqat-hf": gruqat_hf.__version__}
     for package in PACKAGES:
         try:
             found[package] = version(package)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -234,8 +233,7 @@ def _number(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if abs(value) < 1e3 else f"{value:,.0f}"
 
 
-def _package_version() -> str | None:
-    try:
-        return version("gruqat-hf")
-    except PackageNotFoundError:
-        return None
+def _package_version() -> str:
+    from .. import __version__  # here, because the package itself imports this module
+
+    return __version__
