@@ -260,7 +260,9 @@ def main() -> None:
                 results.append(entry)
                 # Written after every result, so that an interrupted run leaves what it had.
                 report = {**where, "settings": settings, "summary": summarise(results), "results": results}
-                out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+                partial = out.with_suffix(".partial")
+                partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+                partial.replace(out)
     print(f"\n{show(summarise(results))}\n\n{out}")
 
 

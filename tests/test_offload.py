@@ -1,0 +1,24 @@
+"""Layers offloaded to disk compute what layers in memory do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from model_helpers import KINDS, features, in_state, output_of, small_model
+
+from gruqat_hf import GruQatForSequenceClassification
+
+pytestmark = pytest.mark.hf
+
+
+@pytest.mark.parametrize("state", ["float", "qat", "frozen"])
+@pytest.mark.parametrize("kind", ["dense", "monarch", "butterfly"])
+def test_a_layer_on_disk(tmp_path, state, kind):
+    model = in_state(small_model(structure_hidden=KINDS[kind], num_hidden_layers=2), state).eval()
+    model.save_pretrained(tmp_path / "model")
+    where = {"model.stack.layers.0": "cpu", "model.stack.layers.1": "disk", "dropout": "cpu", "classifier": "cpu"}
+    offloaded = GruQatForSequenceClassification.from_pretrained(
+        tmp_path / "model", device_map=where, offload_folder=tmp_path / "disk"
+    )
+    assert any(parameter.device.type == "meta" for parameter in offloaded.model.stack.layers[1].parameters())
+    assert torch.equal(output_of(offloaded, features()), output_of(model, features()))
