@@ -5,7 +5,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
 ensure_venv dev
 cd "$ROOT"
-if [ "$(uname -s)" = Linux ] && ! "$VENV_PYTHON" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("triton") is None)'; then
+if [ "$(uname -s)" = Linux ] && [ -z "${GRUQAT_TRANSFORMERS:-}" ] && ! "$VENV_PYTHON" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("triton") is None)'; then
     _pip_install -r requirements/interpreter.txt || echo "== no triton here: the kernels are not tested in its interpreter"
 fi
 
