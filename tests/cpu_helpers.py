@@ -63,10 +63,10 @@ def build_layer(structure: str, hidden: int, recipe: QuantRecipe | str | None = 
         layer = GRULayer(inputs, hidden, structure_input=STRUCTURES[structure], structure_hidden=STRUCTURES[structure], **kwargs)
         if recipe is None:
             return layer.eval()
-        layer.prepare_qat(recipe).eval().calibrate([torch.randn(6, 3, inputs)], progress=False)
+        layer.prepare_qat(recipe)
     except ValueError as error:
         pytest.skip(str(error))
-    return layer.freeze()
+    return layer.eval().calibrate([torch.randn(6, 3, inputs)], progress=False).freeze()
 
 
 def run(layer: GRULayer, backend: str, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -17,7 +18,7 @@ from .ranks import is_distributed
 _PERCENTILE_SAMPLE = 1 << 22
 
 
-class Observer(KeepsFloat32, nn.Module):
+class Observer(KeepsFloat32, nn.Module, ABC):
     """Keeps a range ``[min_val, max_val]`` per scale, in fp32, from the whole tensors that it is shown.
 
     Subclasses define :meth:`merge`. Under torch.distributed the ranges of all ranks are reduced before they are merged, so that
@@ -58,9 +59,9 @@ class Observer(KeepsFloat32, nn.Module):
         dist.all_reduce(high, op=dist.ReduceOp.MAX)
         return low, high
 
+    @abstractmethod
     def merge(self, past: Tensor, new: Tensor, side: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """Bound after ``new`` was seen; ``side`` is torch.minimum for the lower bound, torch.maximum for the upper."""
-        raise NotImplementedError(f"{type(self).__name__} must define merge()")
 
     @torch.no_grad()
     def update(self, value: Tensor) -> None:
