@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..operands import BlockDiagonalOperand, Factor
 from .base import Structure, require_square
@@ -52,18 +52,58 @@ class LDRStructure(Structure):
         }
 
     def lower(self) -> BlockDiagonalOperand:
-        size = self.in_features
         left, right = self.left.unsqueeze(-1), self.right.unsqueeze(-2)
         total = left[:, 0] * right[:, 0]
         for rank in range(1, self.config.rank):
             total = total + left[:, rank] * right[:, rank]
-        # The entries of A^shift, from row `shift` on.
-        power_a, power_b = self.subdiagonal_a, self.subdiagonal_b
-        shift = 1
+        return BlockDiagonalOperand(blocks=Factor(_Displaced.apply(total, self.subdiagonal_a, self.subdiagonal_b).unsqueeze(1)))
+
+
+class _Displaced(torch.autograd.Function):
+    """``sum over i of A^i C (B.T)^i`` from ``C`` ``[gates, size, size]`` and the subdiagonals of A and B ``[gates, size - 1]``.
+
+    By autograd the many slices would cost several times what the sums do.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, a: Tensor, b: Tensor) -> Tensor:  # type: ignore[override]
+        totals, powers = [], [_pair(a, b)]
+        shift, size = 1, total.shape[-1]
         while shift < size:
-            scale = power_a.unsqueeze(-1) * power_b.unsqueeze(-2)
-            total = total + F.pad(scale * total[:, :-shift, :-shift], (shift, 0, shift, 0))
-            power_a = power_a[:, :-shift] * power_a[:, shift:]
-            power_b = power_b[:, :-shift] * power_b[:, shift:]
+            totals.append(total)
+            # The entries of A^shift, from row `shift` on, and of B^shift.
+            power = powers[-1]
+            moved = power[0].unsqueeze(-1) * power[1].unsqueeze(-2) * total[:, :-shift, :-shift]
+            total = total.clone()
+            total[:, shift:, shift:] += moved
+            powers.append(power[..., :-shift] * power[..., shift:])
             shift *= 2
-        return BlockDiagonalOperand(blocks=Factor(total.unsqueeze(1)))
+        ctx.save_for_backward(*totals, *powers[: len(totals)])
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        count = len(ctx.saved_tensors) // 2
+        totals, powers = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        gradient, dpower = gradient.clone(), None
+        for level in reversed(range(count)):
+            shift, power, total = 1 << level, powers[level], totals[level]
+            later = gradient[:, shift:, shift:]
+            weighted = later * total[:, :-shift, :-shift]
+            found = _pair((weighted * power[1].unsqueeze(-2)).sum(-1), (weighted * power[0].unsqueeze(-1)).sum(-2))
+            if dpower is not None:  # of the next power, which is the product of two slices of this one
+                found[..., :-shift].addcmul_(dpower, power[..., shift:])
+                found[..., shift:].addcmul_(dpower, power[..., :-shift])
+            dpower = found
+            # The product is a tensor of its own: both sides overlap.
+            gradient[:, :-shift, :-shift] += power[0].unsqueeze(-1) * power[1].unsqueeze(-2) * later
+        da, db = torch.zeros_like(gradient[:, 0, 1:]).expand(2, -1, -1) if dpower is None else dpower
+        return gradient, da, db
+
+
+def _pair(a: Tensor, b: Tensor) -> Tensor:
+    """What torch.stack gives, which autocast refuses to do for float64."""
+    pair = a.new_empty((2, *a.shape))
+    pair[0], pair[1] = a, b
+    return pair
