@@ -109,7 +109,7 @@ def test_weight_granularities(granularity, group_size, expected):
     assert codes.abs().amax() == 127  # each scale is reached by its largest weight
     torch.testing.assert_close(codes * layout.expand(scale), weight, rtol=0, atol=float(scale.max()) * 0.501)
     # The largest magnitude that shares a scale defines it.
-    assert torch.equal(layout.reduce(weight.abs(), lambda v: v.amax(-1)) / 127, scale)
+    assert torch.equal(layout.group(weight.abs()).amax(-1) / 127, scale)
 
 
 def test_group_size_must_divide_the_row_or_exceed_it():

@@ -79,12 +79,12 @@ class FakeQuantize(KeepsFloat32, nn.Module):
             scale, zero_point = self.scale_from_range(-bound, bound)
         return {"scale": scale} if self.config.symmetric else {"scale": scale, "zero_point": zero_point}
 
-    def scale_from_range(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale (fp32) and zero point (int32) of the grid that covers ``[low, high]``, each shaped ``layout.scale_shape``."""
+    def scale_from_range(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scale (fp32) of the grid that covers ``[low, high]``, and its zero point (int32) or None for a symmetric grid; each
+        shaped ``layout.scale_shape``."""
         config = self.config
         if config.symmetric:
-            bound = torch.maximum(low.abs(), high.abs())
-            return _divide(bound, config.qmax).clamp_min(MIN_SCALE), torch.zeros_like(bound, dtype=torch.int32)
+            return _divide(torch.maximum(-low, high), config.qmax).clamp_min(MIN_SCALE), None
         low, high = low.clamp_max(0.0), high.clamp_min(0.0)
         scale = _divide(high - low, config.qmax - config.qmin).clamp_min(MIN_SCALE)
         zero_point = torch.clamp(config.qmin - torch.round(low / scale), config.qmin, config.qmax)
@@ -159,10 +159,13 @@ class FakeQuantize(KeepsFloat32, nn.Module):
 
     def _set_scale(self) -> None:
         scale, zero_point = self.scale_from_range(self.observer.min_val, self.observer.max_val)
-        seen = self.observer.count > 0
-        self.scale.copy_(torch.where(seen, scale, self.scale))
+        if not self._calibrated:  # what was shown may have been left out
+            seen = self.observer.count > 0
+            scale = torch.where(seen, scale, self.scale)
+            zero_point = None if zero_point is None else torch.where(seen, zero_point, self.zero_point)
+        self.scale.copy_(scale)
         if self.zero_point is not None:
-            self.zero_point.copy_(torch.where(seen, zero_point, self.zero_point))
+            self.zero_point.copy_(zero_point)
 
     def current_scale(self, value: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Scale and zero point for this forward pass; ``value`` is at hand only outside scans."""
@@ -174,8 +177,8 @@ class FakeQuantize(KeepsFloat32, nn.Module):
                 low, high = self.observer.range_of(seen)
                 scale, zero_point = self.scale_from_range(low, high)
             return scale, None if self.config.symmetric else zero_point
-        # A copy: the buffer may be updated in place before the backward pass of this forward has run.
-        return self.scale.clone(), self.zero_point
+        # A copy: observing may update the buffer in place before the backward pass of this forward has run.
+        return self.scale if self.config.observer == "fixed" else self.scale.clone(), self.zero_point
 
     def grid(self, value: Tensor | None = None) -> Grid:
         """The grid for this forward pass, its scale shaped ``layout.scale_shape``.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -65,16 +64,15 @@ class ScaleLayout:
     def values_per_scale(self) -> int:
         return math.prod(self.shape) // math.prod(self.scale_shape)
 
-    def reduce(self, value: Tensor, reduction: Callable[[Tensor], Tensor]) -> Tensor:
-        """``reduction`` (of the last dimension) over the values that share a scale: ``[..., *shape]`` → ``scale_shape``."""
+    def group(self, value: Tensor) -> Tensor:
+        """``[..., *shape]`` → ``[*scale_shape, values]``: those that share a scale together in the last dimension."""
         split: list[int] = []
         for size, scales in zip(self.shape, self.scale_shape):
             split += [scales, size // scales]
         rank = len(self.shape)
-        grouped = value.reshape(-1, *split)
         scale_dims = [1 + 2 * i for i in range(rank)]
         order = scale_dims + [0] + [dim + 1 for dim in scale_dims]
-        return reduction(grouped.permute(order).reshape(*self.scale_shape, -1))
+        return value.reshape(-1, *split).permute(order).reshape(*self.scale_shape, -1)
 
     def expand(self, scale: Tensor) -> Tensor:
         """``scale`` as a tensor that broadcasts against ``[..., *shape]``."""

@@ -51,7 +51,8 @@ class Observer(KeepsFloat32, nn.Module, ABC):
 
     def range_of(self, value: Tensor) -> tuple[Tensor, Tensor]:
         """Range of one tensor ``[..., *layout.shape]``, per scale."""
-        return self.layout.reduce(value, lambda v: v.amin(-1)), self.layout.reduce(value, lambda v: v.amax(-1))
+        low, high = self.layout.group(value).aminmax(dim=-1)
+        return low, high
 
     def over_ranks(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """The range of all ranks; a rank that saw nothing holds ``(inf, -inf)``."""
@@ -76,7 +77,7 @@ class Observer(KeepsFloat32, nn.Module, ABC):
             low, high = torch.full_like(self.min_val, torch.inf), torch.full_like(self.max_val, -torch.inf)
         if is_distributed() and not self.replicated:
             low, high = self.over_ranks(low.contiguous(), high.contiguous())
-        seen = (torch.isfinite(low) & torch.isfinite(high)).all()
+        seen = ((high - low) < torch.inf).all()  # False for NaN as well
         first = self.count == 0
         for past, new, side in ((self.min_val, low, torch.minimum), (self.max_val, high, torch.maximum)):
             merged = torch.where(first, new, self.merge(past, new, side))
@@ -112,14 +113,9 @@ class PercentileObserver(EmaObserver):
     def range_of(self, value: Tensor) -> tuple[Tensor, Tensor]:
         tail = (1.0 - self.config.percentile / 100.0) / 2.0
 
-        def quantile(at: float) -> Callable[[Tensor], Tensor]:
-            def take(values: Tensor) -> Tensor:
-                stride = -(-values.numel() // _PERCENTILE_SAMPLE)
-                return torch.quantile(values[..., ::stride], at, dim=-1)
-
-            return take
-
-        return self.layout.reduce(value, quantile(tail)), self.layout.reduce(value, quantile(1.0 - tail))
+        values = self.layout.group(value)
+        values = values[..., :: -(-values.numel() // _PERCENTILE_SAMPLE)]
+        return torch.quantile(values, tail, dim=-1), torch.quantile(values, 1.0 - tail, dim=-1)
 
     def over_ranks(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """The mean of the ranks' ranges."""
