@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-OURS, CUDNN, PEER = "gruqat-hf", "cuDNN tf32", "gru-qat 0.5.0"
+OURS, PORTABLE, CUDNN, PEER = "gruqat-hf", "gruqat-hf triton", "cuDNN tf32", "gru-qat 0.5.0"
 
 Shape = tuple[int, ...]
 
@@ -44,15 +44,16 @@ class Results:
         times = [self.ms(shape, library, structure, state, mode, launch) for launch in ("eager", "graph")]
         return min((time for time in times if time is not None), default=None)
 
-    def speedup(self, shape: Shape, structure: str, state: str, mode: str) -> float | None:
+    def speedup(self, shape: Shape, structure: str, state: str, mode: str, library: str = OURS) -> float | None:
         """Times faster than cuDNN: in inference both in a CUDA graph, in training ours in a graph beside cuDNN's eager step."""
-        ours = self.best(shape, OURS, structure, state, mode)
+        ours = self.best(shape, library, structure, state, mode)
         cudnn = self.ms(shape, CUDNN, "dense", "float", mode, "graph" if mode == "infer" else "eager")
         return None if ours is None or cudnn is None else cudnn / ours
 
-    def over_peer(self, shape: Shape, structure: str, mode: str) -> float | None:
-        ours = self.best(shape, OURS, structure, "float", mode)
-        peer = self.ms(shape, PEER, structure, "float", mode, "eager")
+    def over_peer(self, shape: Shape, structure: str, mode: str, library: str = OURS) -> float | None:
+        """Times faster than gru-qat, both at their best."""
+        ours = self.best(shape, library, structure, "float", mode)
+        peer = self.best(shape, PEER, structure, "float", mode)
         return None if ours is None or peer is None else peer / ours
 
 
@@ -68,17 +69,19 @@ def table(report: dict[str, Any], shape: Shape = (512, 32, 512)) -> str:
         "| × gru-qat, infer / train |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for name in results.structures:
+    for name, library in ((name, library) for name in results.structures for library in (OURS, PORTABLE)):
+        if results.best(shape, library, name, "float", "infer") is None:
+            continue
         cells = [
-            _number(results.best(shape, OURS, name, "float", "infer"), ".3f"),
-            _number(results.speedup(shape, name, "float", "infer"), ".1f"),
-            _number(results.best(shape, OURS, name, "frozen", "infer"), ".3f"),
-            _number(results.best(shape, OURS, name, "float", "train"), ".3f"),
-            _number(results.speedup(shape, name, "float", "train"), ".1f"),
-            _number(results.best(shape, OURS, name, "qat", "train"), ".3f"),
-            " / ".join(_number(results.over_peer(shape, name, mode), ".1f") for mode in ("infer", "train")),
+            _number(results.best(shape, library, name, "float", "infer"), ".3f"),
+            _number(results.speedup(shape, name, "float", "infer", library), ".1f"),
+            _number(results.best(shape, library, name, "frozen", "infer"), ".3f"),
+            _number(results.best(shape, library, name, "float", "train"), ".3f"),
+            _number(results.speedup(shape, name, "float", "train", library), ".1f"),
+            _number(results.best(shape, library, name, "qat", "train"), ".3f"),
+            " / ".join(_number(results.over_peer(shape, name, mode, library), ".1f") for mode in ("infer", "train")),
         ]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append(f"| {name}{', portable kernels' if library == PORTABLE else ''} | {' | '.join(cells)} |")
     infer = _number(results.ms(shape, CUDNN, "dense", "float", "infer", "graph"), ".2f")
     train = _number(results.ms(shape, CUDNN, "dense", "float", "train", "eager"), ".2f")
     machine, versions = report["machine"], report["versions"]

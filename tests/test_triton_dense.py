@@ -32,6 +32,7 @@ LARGE = [
     Case(16, 17, 1, 1024),
     Case(7, 400, 1, 512),
     Case(3, 1, 1, 130),
+    Case(3, 300, 1, 1024),
 ]
 
 
@@ -85,6 +86,8 @@ def test_refusals_name_the_cause():
         assert dense.refuses(inputs, H200) is None
         assert "more programs at once" in (dense.refuses(inputs, few) or "")
     assert "more shared memory" in (dense.refuses(inputs, small) or "")
+    many = Case(1, 1, 1, 256, quantized=True, groups=32).inputs("dense", torch.device("cpu"))
+    assert "groups" in (dense.refuses(many, H200) or "")
 
 
 @pytest.mark.parametrize("rows", [1, 8, 9, 32, 33, 128, 129, 1000])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from gruqat_hf.scan import ScanInputs, run_scan, scan_reference
 from gruqat_hf.scan.triton import monarch
 from gruqat_hf.scan.triton.device import DeviceFacts, device_facts
 from gruqat_hf.scan.triton.monarch import layout
+from gruqat_hf.scan.triton.precision import spec_of
 
 H200 = DeviceFacts(processors=132, shared_bytes=232448, capability=(9, 0))
 
@@ -36,6 +38,7 @@ LARGE = [
     Case(16, 17, 8, 128),
     Case(8, 3, 3, 30, masked=True),
     Case(8, 3, 32, 32, per_gate=True),
+    Case(3, 1000, 8, 128),
 ]
 
 
@@ -110,6 +113,8 @@ def test_refusals_name_the_cause():
     small = DeviceFacts(processors=132, shared_bytes=8192, capability=(9, 0))
     inputs = Case(1, 1, 4, 32).inputs("monarch", cpu)
     assert "beyond 128 channels" in (monarch.refuses(Case(1, 1, 2, 200).inputs("monarch", cpu), H200) or "")
+    for facts in (H200, few, small):
+        assert monarch.refuses(Case(1, 1, 2, 200, quantized=True).inputs("monarch", cpu), facts) is None
     assert "more shared memory" in (monarch.refuses(inputs, small) or "")
     if not layout.INTERPRETED:
         assert monarch.refuses(inputs, H200) is None
@@ -130,8 +135,102 @@ def test_float_factors_too_large_for_these_kernels_are_multiplied_out(device, mo
         dstates = torch.randn_like(wanted)
         for one, other in zip(torch.autograd.grad(found, leaves, dstates), torch.autograd.grad(wanted, leaves, dstates)):
             assert distance(one, other) <= 2e-6
-    with pytest.raises(RuntimeError, match="beyond 4 channels"):
-        run_scan(Case(3, 2, 3, 4, quantized=True).inputs("monarch", device), "triton")
+
+
+def _rectangular(case: Case, device: torch.device, mid: int, blocks: tuple[int, int] = (2, 3)) -> ScanInputs:
+    """``mid`` values between factors of as many blocks; ``case.groups`` goes for both."""
+    inputs, (first, second) = case.inputs("monarch", device), blocks
+    hidden = inputs.h0.shape[1]
+
+    def factor(*shape: int) -> Factor:
+        codes = torch.randint(-127, 128, shape, device=device).to(torch.int8)
+        scale = (torch.rand(*shape[:-1], case.groups, device=device) + 0.5) * shape[-1] ** -0.5 / 127
+        return Factor(codes, scale, 127)
+
+    one = factor(3 if case.per_gate else 1, first, mid // first, hidden // first)
+    return replace(inputs, operand=MonarchOperand(one, factor(3, second, hidden // second, mid // second)))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(4, 3, 3, 6, quantized=True),
+        Case(3, 17, 2, 20, quantized=True, second=(2, 20), masked=True, reverse=True, bias=False),
+        Case(3, 2, 4, 8, quantized=True, second=(8, 4), per_gate=True, groups=4, per_channel=True, masked=True),
+        Case(3, 2, 2, 36, quantized=True, groups=2, h_scale=0.7 / 127),
+        Case(1, 1, 1, 5, quantized=True),
+    ],
+)
+def test_weights_that_stream(device, monkeypatch, case):
+    """Tiles too large for one program, here by decree; small ones make many of a factor."""
+    skip_unless_kernels_run(device)
+    monkeypatch.setattr(monarch, "_MOST_POSITIONS", 0)
+    inputs = case.inputs("monarch", device)
+    streamed = import_module("gruqat_hf.scan.triton.streamed.tiles")
+    assert isinstance(Run.of("monarch", inputs).module("forward").prepare(spec_of(inputs)), streamed.StreamedWeights)
+    for name in ("TILE", "DEPTH"):
+        monkeypatch.setattr(streamed, name, 16)
+    check_against_reference("monarch", inputs, 0.0, 1e-3)
+
+
+@pytest.mark.parametrize("case, mid", [(Case(3, 2, 2, 18, quantized=True), 24), (Case(3, 3, 4, 9, True, 2, per_gate=True), 12)])
+def test_factors_that_are_not_square(device, case, mid):
+    skip_unless_kernels_run(device)
+    check_against_reference("monarch", _rectangular(case, device, mid), 0.0, 1e-3)
+
+
+def test_streamed_slices_make_up_the_whole(device, monkeypatch):
+    """As in :func:`test_slices_make_up_the_whole`; three rounds, for mid values and states to pass from program to program."""
+    skip_unless_kernels_run(device)
+    if device.type == "cuda":
+        pytest.skip("programs run side by side on a GPU: other tests cover this")
+    monkeypatch.setattr(monarch, "_MOST_POSITIONS", 0)
+    for name in ("TILE", "DEPTH"):
+        monkeypatch.setattr(import_module("gruqat_hf.scan.triton.streamed.tiles"), name, 16)
+    inputs = Case(1, 3, 2, 40, quantized=True).inputs("monarch", device)
+    whole = Run.of("monarch", inputs)
+    dlast = torch.randn_like(inputs.h0)
+    grad = whole.backward(torch.zeros_like(whole.states), dlast)
+
+    directions = [import_module(f"gruqat_hf.scan.triton.streamed.{name}") for name in ("forward", "backward")]
+    for module in directions:
+        monkeypatch.setattr(module, "device_facts", lambda _: DeviceFacts(4, 1 << 16, (9, 0)))
+        monkeypatch.setattr(module, "new_counters", lambda groups, _: torch.full((groups * 32,), 1 << 30, dtype=torch.int32))
+    kept: dict[tuple[int, ...], torch.Tensor] = {}
+    call = directions[0].KernelCall
+
+    def keep(**arguments):
+        """Scratch tensors that a launch leaves for the next."""
+        assert arguments["grid"].slices > 1
+        static = arguments["static"]
+        scratch = [
+            kept.setdefault((i, value.numel()), value) if i < 2 and torch.is_tensor(value) else value
+            for i, value in enumerate(static)
+        ]
+        return call(**{**arguments, "static": tuple(scratch)})
+
+    for module in directions:
+        monkeypatch.setattr(module, "KernelCall", keep)
+    for _ in range(3):
+        states = whole.forward()
+    assert torch.equal(states, Run.of("monarch", inputs).states)
+    with torch.no_grad():
+        assert torch.equal(states, scan_reference(inputs)[0])
+    for _ in range(3):
+        found = whole.backward(torch.zeros_like(states), dlast)
+    assert distance(found.dgi, grad.dgi) <= 1e-6
+
+
+@pytest.mark.parametrize("rows", [1, 16, 17, 400, 2048, 5000])
+@pytest.mark.parametrize("processors", [1, 30, 132])
+@pytest.mark.parametrize("tasks, blocks", [(1, 1), (16, 1), (64, 4), (300, 1)])
+def test_streaming_programs_that_wait_fit_the_device(rows, processors, tasks, blocks):
+    pytest.importorskip("triton")
+    programs = import_module("gruqat_hf.scan.triton.streamed.tiles").plan_programs(
+        tasks, blocks, rows, DeviceFacts(processors, 1 << 16, (7, 5))
+    )
+    assert programs.slices == 1 or programs.slices * programs.blocks * programs.tiles <= processors
+    assert 1 <= programs.slices <= tasks and programs.tiles * 16 >= rows
 
 
 @pytest.mark.gpu
@@ -153,6 +252,11 @@ def test_large_float(case, precision, states, gradients):
         Case(40, 150, 8, 64, quantized=True, masked=True, reverse=True, per_channel=True),
         Case(64, 32, 16, 32, quantized=True, per_gate=True, second=(32, 16)),
         Case(16, 9, 8, 128, quantized=True, groups=2),
+        Case(16, 9, 8, 64, quantized=True, groups=16),
+        Case(16, 33, 4, 256, quantized=True),
+        Case(9, 5, 2, 512, quantized=True, masked=True, reverse=True),
+        Case(5, 3, 3, 1000, quantized=True, groups=8, per_gate=True),
+        Case(5, 2100, 4, 256, quantized=True),
         Case(9, 5, 5, 24, quantized=True, groups=3, h_scale=0.7 / 127),
     ],
 )

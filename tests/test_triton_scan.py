@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_helpers import distance, matmul_precision
+from kernel_helpers import Case, Run, check_against_reference, distance, matmul_precision, skip_unless_kernels_run
 from scan_helpers import RECIPES, STRUCTURES, build, check, clip, gradients
 
 from gruqat_hf.layers import GRULayer
@@ -78,17 +78,88 @@ def test_a_diagonal_scan_takes_every_mix_of_quantizers():
     check(build(STRUCTURES["diagonal"], weight, 8, 4, CPU), 4, 2)
 
 
+def _let_weights_stream(monkeypatch: pytest.MonkeyPatch, tile: int = 64) -> None:
+    for module in ("weights", "backward"):
+        name = f"gruqat_hf.scan.triton.block_diagonal.{module}"
+        __import__(name)
+        monkeypatch.setattr(sys.modules[name], "is_resident", lambda *_: False)
+    for name in ("TILE", "DEPTH"):
+        monkeypatch.setattr(sys.modules["gruqat_hf.scan.triton.streamed.tiles"], name, tile)
+
+
 @interpreted
 @pytest.mark.parametrize("recipe", [None, "int8_state16", RECIPES["groups"], RECIPES["affine"]])
 def test_weights_that_stream(monkeypatch, recipe):
     """A block too large for one program's memory, here by decree."""
-    for module in ("forward", "backward"):
-        __import__(f"gruqat_hf.scan.triton.block_diagonal.{module}")
-        monkeypatch.setattr(sys.modules[f"gruqat_hf.scan.triton.block_diagonal.{module}"], "is_resident", lambda *_: False)
-    monkeypatch.setattr(sys.modules["gruqat_hf.scan.triton.block_diagonal.streamed"], "_TILE", 16)
+    _let_weights_stream(monkeypatch, tile=16)
     layer = build({"kind": "blockdiag", "nblocks": 2}, recipe, 40, 4, CPU)
     check(clip(layer), 3, 3, masked=True)
     check(layer, 3, 3, precision="high", states_within=2e-4)
+
+
+@interpreted
+@pytest.mark.parametrize("groups", [2, 3, 12])
+def test_groups_of_weights(groups):
+    """Two are unrolled, more are looped over."""
+    case = Case(5, 3, 2, 24, quantized=True, groups=groups, per_channel=True, masked=True, reverse=True)
+    check_against_reference("block_diagonal", case.inputs("dense", CPU), 0.0, 1e-3)
+
+
+@interpreted
+def test_tiny_gradients_stream(monkeypatch):
+    """A mean over many values has gradients that half precision does not hold."""
+    _let_weights_stream(monkeypatch)
+    run = Run.of("block_diagonal", Case(6, 3, 1, 40).inputs("dense", CPU))
+    grads = torch.randn_like(run.states), torch.zeros(3, 40)
+    whole, tiny = run.backward(*grads), run.backward(grads[0] * 2.0**-40, grads[1])
+    assert torch.equal(tiny.dgi * 2.0**40, whole.dgi)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(9, 33, 8, 64, quantized=True, groups=16, masked=True),
+        Case(9, 33, 4, 128, quantized=True, groups=2),
+        Case(9, 5, 1, 4096, quantized=True),
+        Case(9, 33, 1, 2048, quantized=True, groups=32, masked=True, reverse=True),
+        Case(9, 3, 1, 2500, quantized=True, groups=10, per_channel=True),
+        Case(3, 2100, 1, 520, quantized=True, groups=65),
+    ],
+)
+def test_many_groups_and_blocks_that_stream(case):
+    skip_unless_kernels_run(torch.device("cuda"))
+    check_against_reference("block_diagonal", case.inputs("dense", torch.device("cuda")), 0.0, 1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision, states, gradients", [("highest", 2e-5, 2e-5), ("high", 2e-4, 1e-3)])
+@pytest.mark.parametrize("case", [Case(9, 33, 1, 2500), Case(6, 300, 2, 1300, masked=True, reverse=True)])
+def test_float_blocks_that_stream(case, precision, states, gradients):
+    skip_unless_kernels_run(torch.device("cuda"))
+    inputs = case.inputs("dense", torch.device("cuda"))
+    check_against_reference("block_diagonal", inputs, states, gradients, precision)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("structure", [{"kind": "monarch", "nblocks": 4}, {"kind": "monarch", "nblocks": 2, "per_gate": True}])
+@pytest.mark.parametrize("recipe", [None, "int8_state16", "int4_per_group_64"])
+def test_wide_monarch_layers(structure, recipe):
+    skip_unless_kernels_run(torch.device("cuda"))
+    layer = build(structure, recipe, 1024, 64, torch.device("cuda"))
+    check(layer, 20, 9, masked=True, precision="highest", states_within=2e-5)
+
+
+@pytest.mark.gpu
+def test_repeats_that_stream_give_the_same_bits():
+    skip_unless_kernels_run(torch.device("cuda"))
+    run = Run.of("block_diagonal", Case(16, 40, 1, 2304, quantized=True).inputs("dense", torch.device("cuda")))
+    states, dstates = run.states.clone(), torch.randn_like(run.states)
+    first = run.backward(dstates, dstates[0])
+    for _ in range(50):
+        assert torch.equal(run.forward(), states)
+        again = run.backward(dstates, dstates[0])
+        assert torch.equal(again.dgi, first.dgi) and torch.equal(again.dh0, first.dh0)
 
 
 @interpreted
@@ -178,9 +249,7 @@ def test_double_precision_is_left_to_the_reference():
 @interpreted
 def test_exact_products_of_long_rows(monkeypatch):
     """Beyond 2**24, tiles of a sum are added as integers."""
-    for module in ("forward", "backward"):
-        __import__(f"gruqat_hf.scan.triton.block_diagonal.{module}")
-        monkeypatch.setattr(sys.modules[f"gruqat_hf.scan.triton.block_diagonal.{module}"], "is_resident", lambda *_: False)
+    _let_weights_stream(monkeypatch)
     from gruqat_hf.operands import BlockDiagonalOperand, Factor
     from gruqat_hf.quantization import Grid
     from gruqat_hf.scan import ScanGrids, ScanInputs, scan_reference
@@ -219,3 +288,4 @@ def test_blocks_are_kept_where_they_fit():
     assert block_diagonal.is_resident(64, True, hopper) and not block_diagonal.is_resident(128, True, hopper)
     assert block_diagonal.is_resident(64, False, turing) and not block_diagonal.is_resident(128, False, turing)
     assert block_diagonal.tiling(128, False, True, hopper) == (1, 4)
+    assert not block_diagonal.is_resident(64, False, DeviceFacts(16, 49152, (7, 5)))  # its dots are of fp32 weights

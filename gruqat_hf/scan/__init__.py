@@ -2,13 +2,14 @@
 
 from .cpu import BACKEND as _CPU
 from .dispatch import BACKEND_VARIABLE, BACKENDS, Backend, Plan, prepare_plan, run_product, run_scan
+from .hopper import BACKEND as _HOPPER
 from .inputs import LayerWeights, ScanGrids, ScanInputs
 from .product import OperandProduct
 from .reference import observe_scan, scan_reference
 from .triton import BACKEND as _TRITON
 
 BACKENDS.insert(-1, _CPU)
-BACKENDS.insert(0, _TRITON)
+BACKENDS[:0] = [_HOPPER, _TRITON]
 
 __all__ = [
     "BACKENDS",

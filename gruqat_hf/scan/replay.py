@@ -20,8 +20,14 @@ def before_steps(states: Tensor, h0: Tensor, reverse: bool) -> Tensor:
     return torch.cat([states[1:], h0]) if reverse else torch.cat([h0, states[:-1]])
 
 
-def recompute_gates(spec: ScanSpec, gi: Tensor, h0: Tensor, states: Tensor, reverse: bool, gates: Tensor) -> None:
-    """Fill ``gates`` ``[T, B, 4, H]`` as forward kernels do: r, z, n and hn, z = -1 where the state was clipped."""
+def recompute_gates(
+    spec: ScanSpec, gi: Tensor, h0: Tensor, states: Tensor, reverse: bool, gates: Tensor, packs: bool = False
+) -> None:
+    """Fill ``gates`` ``[T, B, 4, H]`` as forward kernels do: r, z, n and hn, z = -1 where the state was clipped.
+
+    Args:
+        packs: write 16 bits a value, the four of a channel together: r, z and n as integers of 1/32767, hn as fp16.
+    """
     steps, rows, _, hidden = gi.shape
     product = OperandProduct(spec.operand, spec.grids.h, spec.grids.mid)
     sigmoid, tanh = (portable_sigmoid, portable_tanh) if spec.quantized else (torch.sigmoid, torch.tanh)
@@ -39,7 +45,12 @@ def recompute_gates(spec: ScanSpec, gi: Tensor, h0: Tensor, states: Tensor, reve
         if (grid := spec.grids.state) is not None:
             code = torch.round(((1.0 - z) * n + z * h) * grid.inv_scale)
             z = torch.where((code >= grid.low) & (code <= grid.high), z, -1.0)
-        gates[part] = torch.stack([r, z, n, hn], dim=1).view(-1, rows, 4, hidden)
+        if packs:
+            fixed = [torch.round(value * 32767.0).to(torch.int16) for value in (r, z, n)]
+            packed = torch.stack([*fixed, hn.to(torch.float16).view(torch.int16)], dim=-1)
+            gates.view(torch.int16).view(steps, rows, hidden, 4)[part] = packed.view(-1, rows, hidden, 4)
+        else:
+            gates[part] = torch.stack([r, z, n, hn], dim=1).view(-1, rows, 4, hidden)
 
 
 def _leaves(spec: ScanSpec, wanted: SpecTensors) -> tuple[ScanSpec, list[Tensor | None]]:

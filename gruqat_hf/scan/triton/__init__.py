@@ -15,7 +15,7 @@ from .plan import prepare_plan
 from .precision import spec_of
 from .training_product import dense_product
 
-__all__ = ["BACKEND", "RECOMPUTE_VARIABLE"]
+__all__ = ["BACKEND", "RECOMPUTE_VARIABLE", "run_family"]
 
 
 def _choose(inputs: ScanInputs) -> tuple[ScanInputs, str | None, str]:
@@ -42,6 +42,11 @@ def _run(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     inputs, family, reason = _choose(inputs)
     if family is None:
         raise RuntimeError(f"no Triton kernel runs this scan: {reason}")
+    return run_family(inputs, family)
+
+
+def run_family(inputs: ScanInputs, family: str) -> tuple[Tensor, Tensor]:
+    """All states ``[T, B, H]`` and the last one ``[B, H]``, by the kernels of a family that does not refuse; differentiable."""
     state = inputs.grids.state
     h0 = inputs.h0 if state is None else state.round_trip(inputs.h0)
     return scan(inputs.gi, h0, spec_of(inputs), inputs.mask, inputs.reverse, family, inputs.needs_grad)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -21,6 +22,11 @@ _FAMILIES: dict[str, ModuleType] = {
 }
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def register(name: str, rules: ModuleType) -> None:
+    """Add a family of another tier to those that operators can run."""
+    _FAMILIES[name] = rules
 
 
 def family_rules(name: str) -> ModuleType:
@@ -63,8 +69,16 @@ def candidates(inputs: ScanInputs, facts: DeviceFacts) -> tuple[str, ...]:
     return ()
 
 
-def choose(inputs: ScanInputs) -> tuple[str | None, str]:
-    """The family that runs a scan and "", or None and the reason why there is none."""
+#: The families that take an operand on a device, best first.
+Candidates = Callable[[ScanInputs, DeviceFacts], "tuple[str, ...]"]
+
+
+def choose(inputs: ScanInputs, candidates: Candidates = candidates) -> tuple[str | None, str]:
+    """The family that runs a scan and "", or None and the reason why there is none.
+
+    Args:
+        candidates: of a tier; the portable one's unless given.
+    """
     if (reason := refuses_device(inputs.gi.device) or refuses_product(inputs)) is not None:
         return None, reason
     if inputs.gi.numel() == 0:

@@ -17,7 +17,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-def _constant(function: _Function) -> _Function:
+def constant(function: _Function) -> _Function:
     """What ``torch.compiler.assume_constant_result`` does, without its second of importing the compiler."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
@@ -36,7 +36,7 @@ class DeviceFacts:
     capability: tuple[int, int]
 
 
-@_constant
+@constant
 def refuses_device(device: torch.device) -> str | None:
     """Why kernels cannot run on a device, or None if they can."""
     return _refuses_device(device.type, device.index)
@@ -55,7 +55,7 @@ def _refuses_device(kind: str, index: int | None) -> str | None:
     return None
 
 
-@_constant
+@constant
 def device_facts(device: torch.device) -> DeviceFacts:
     """Sizes of a device that kernels run on."""
     return _device_facts(device.type, device.index)
@@ -71,7 +71,7 @@ def _device_facts(kind: str, index: int | None) -> DeviceFacts:
     return DeviceFacts(properties.multi_processor_count, shared, capability)
 
 
-@_constant
+@constant
 def wants_fp32_products() -> bool:
     """Whether PyTorch is set to fp32 accuracy in products of floats."""
     return torch.get_float32_matmul_precision() == "highest"

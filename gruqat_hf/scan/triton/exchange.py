@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .math import codes, gru_gates, gru_gradients, in_range, pack_halves, put, unpack_halves
+from .math import codes, gru_gates, gru_gradients, in_range, pack_gates, put, unpack_gates
 
 #: Counters lie this many int32 apart, each in a cache line of its own.
 COUNTER_STRIDE = 32
@@ -77,7 +77,7 @@ def store_planes(pointer, values, ok, H: tl.constexpr):
 def load_gates(pointer, ok, PLANES: tl.constexpr, H: tl.constexpr):
     """r, z, n and hn of each channel: one packed value, or four planes."""
     if PLANES == 1:
-        return unpack_halves(tl.load(pointer, mask=ok, other=0))
+        return unpack_gates(tl.load(pointer, mask=ok, other=0))
     else:
         return load_planes(pointer, ok, 4, H)
 
@@ -86,7 +86,7 @@ def load_gates(pointer, ok, PLANES: tl.constexpr, H: tl.constexpr):
 def store_gates(pointer, values, ok, PLANES: tl.constexpr, H: tl.constexpr):
     """The counterpart of :func:`load_gates`."""
     if PLANES == 1:
-        put(pointer, pack_halves(values[0], values[1], values[2], values[3]), ok)
+        put(pointer, pack_gates(values[0], values[1], values[2], values[3]), ok)
     else:
         store_planes(pointer, values, ok, H)
 

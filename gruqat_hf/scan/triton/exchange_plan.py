@@ -18,6 +18,11 @@ def power_of_two(size: int) -> int:
     return 1 << max(0, size - 1).bit_length()
 
 
+def held_bytes(width: int, facts: DeviceFacts) -> int:
+    """What a weight of ``width`` bytes takes in shared memory: before compute capability 8.0 Triton multiplies in fp32 alone."""
+    return 4 if (0, 0) < facts.capability < (8, 0) else width
+
+
 @dataclass(frozen=True)
 class Launch:
     """Attributes:

@@ -107,4 +107,6 @@ def aligned(tensor: Tensor) -> Tensor:
 
 def kernels(family: str, direction: str) -> ModuleType:
     """The module ``<family>/<direction>.py``; imports triton."""
-    return import_module(f"{__package__}.{family}.{direction}")
+    from .choice import family_rules
+
+    return import_module(f"{family_rules(family).__name__}.{direction}")

@@ -21,7 +21,7 @@ from .math import codes, load_grid
 InputProduct = Callable[[Tensor], Tensor]
 
 #: Tile of the product, and values that a program quantizes.
-_ROWS, _COLUMNS, _DEPTH, _VALUES = 128, 128, 128, 4096
+_ROWS, _COLUMNS, _DEPTH, _VALUES = 128, 128, 128, 512
 
 
 @triton.jit(do_not_specialize=["size"])

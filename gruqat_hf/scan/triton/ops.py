@@ -66,8 +66,7 @@ def _scan_backward(gi: Tensor, h0: Tensor, *args: Any) -> list[Tensor]:
         steps, rows, hidden = states.shape
         gates = gi.new_empty((steps, rows, 4, hidden), dtype=spec.gates_dtype)
         packs = family_rules(family).PACKS_GATES and gates.dtype == torch.float16
-        planes = gates.view(steps, rows, hidden, 4).transpose(2, 3) if packs else gates
-        replay.recompute_gates(spec, gi, h0, states, reverse, planes)
+        replay.recompute_gates(spec, gi, h0, states, reverse, gates, packs)
     dstates = torch.zeros_like(states) if dstates is None else dstates.contiguous()
     dlast = torch.zeros_like(h0, dtype=states.dtype) if dlast is None else dlast.contiguous()
     backward = kernels(family, "backward")

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..dispatch import Plan
 from ..inputs import LayerWeights, ScanInputs
 from ..reference import scan_reference
-from .choice import choose
+from .choice import Candidates, candidates, choose
 from .family import aligned, kernels
 from .precision import spec_of
 
@@ -22,10 +22,11 @@ _Launch = Callable[[Tensor, Tensor, "Tensor | None", Tensor], None]
 class LayerPlan:
     """A ``Plan``: called with ``x`` ``[T, B, I]``, ``h0`` ``[B, H]`` or None, ``mask`` ``[T, B]`` or None, and the direction."""
 
-    def __init__(self, weights: LayerWeights) -> None:
+    def __init__(self, weights: LayerWeights, candidates: Candidates) -> None:
         from .input_product import input_product
 
         self._weights = weights
+        self._candidates = candidates
         self._hidden = weights.hidden.out_features
         self._product = input_product(weights)
         self._prepared: dict[str, Any] = {}
@@ -61,7 +62,9 @@ class LayerPlan:
         """How to fill the states of scans of these shapes."""
         weights = self._weights
         inputs = ScanInputs(gi, h0, weights.hidden, weights.bias_hidden, weights.grids, mask, reverse, weights.quantized)
-        family, _ = choose(inputs)
+        family, _ = choose(inputs, self._candidates)
+        if family is None:  # of another tier, that takes fewer shapes
+            family, _ = choose(inputs)
         if family is None:
             return lambda gi, h0, mask, states: self._reference(gi, h0, mask, reverse, states)
         forward = kernels(family, "forward")
@@ -81,12 +84,16 @@ class LayerPlan:
         states.copy_(scan_reference(inputs)[0])
 
 
-def prepare_plan(weights: LayerWeights, x: Tensor) -> Plan | str:
-    """A plan for inputs on the device of ``x`` ``[T, B, I]``, or the reason why there is none."""
+def prepare_plan(weights: LayerWeights, x: Tensor, candidates: Candidates = candidates) -> Plan | str:
+    """A plan for inputs on the device of ``x`` ``[T, B, I]``, or the reason why there is none.
+
+    Args:
+        candidates: of a tier, as in :func:`choose`.
+    """
     steps, rows, _ = x.shape
     hidden = weights.hidden.out_features
     dtype = torch.float32 if weights.quantized else x.dtype
     gi, h0 = (torch.empty(shape, dtype=dtype, device=x.device) for shape in ((steps, rows, 3, hidden), (rows, hidden)))
     inputs = ScanInputs(gi, h0, weights.hidden, weights.bias_hidden, weights.grids, None, False, weights.quantized)
-    family, reason = choose(inputs)
-    return reason if family is None else LayerPlan(weights)
+    family, reason = choose(inputs, candidates)
+    return reason if family is None else LayerPlan(weights, candidates)

@@ -16,7 +16,9 @@ def spec_of(inputs: ScanInputs) -> ScanSpec:
 
 def fp32_precision(spec: ScanSpec) -> str:
     """How dots of fp32 operands are computed."""
-    if not spec.exact or INTERPRETED:
+    if INTERPRETED:
         return "tf32"
     device = next(iter(spec.operand.factors.values())).values.device
-    return "tf32x3" if device_facts(device).capability >= (8, 0) else "ieee"
+    if torch.version.hip is None and device_facts(device).capability < (8, 0):
+        return "ieee"
+    return "tf32x3" if spec.exact else "tf32"

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..spec import ScanSpec, is_integer, pack_grid
 from .device import device_facts
 from .family import KernelCall
-from .math import codes, count, load_grid
+from .math import codes, count, load_grid, to_tf32
 from .precision import fp32_precision
 
 #: Rows that a program adds up at a time.
@@ -62,6 +62,8 @@ def _kernel(
         g_r = tl.load(p, mask=inside, other=0.0).to(tl.float32)
         g_z = tl.load(p + H, mask=inside, other=0.0).to(tl.float32)
         g_n = tl.load(dgh_n + n[:, None] * H + (k * SIZE + o)[None, :], mask=inside, other=0.0).to(tl.float32)
+        x, g_n = to_tf32(x, PRECISION), to_tf32(g_n, PRECISION)
+        g_r, g_z = to_tf32(g_r, PRECISION), to_tf32(g_z, PRECISION)
         dw_r = tl.dot(tl.trans(g_r), x, dw_r, input_precision=PRECISION)
         dw_z = tl.dot(tl.trans(g_z), x, dw_z, input_precision=PRECISION)
         dw_n = tl.dot(tl.trans(g_n), x, dw_n, input_precision=PRECISION)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ...inputs import ScanInputs
 from ..device import DeviceFacts
+from ..exchange_plan import held_bytes
 
 SAVES_GATES = True
 #: Half-precision gates are kept as ``[T, B, H, 4]``.
@@ -24,10 +25,10 @@ def padded_size(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-def _shared_bytes(size: int, exact: bool, unroll: int, stages: int) -> int:
+def _shared_bytes(size: int, exact: bool, unroll: int, stages: int, facts: DeviceFacts) -> int:
     """Shared memory of a program: three gates' weights (fp16, or fp32 in two parts), inputs on their way, some for reordering."""
     padded = padded_size(size)
-    return 3 * padded**2 * (8 if exact else 2) + 12 * padded * ROWS * unroll * (stages - 1) + 4096
+    return 3 * padded**2 * (8 if exact else held_bytes(2, facts)) + 12 * padded * ROWS * unroll * (stages - 1) + 4096
 
 
 def tiling(size: int, exact: bool, masked: bool, facts: DeviceFacts) -> tuple[int, int] | None:
@@ -38,7 +39,7 @@ def tiling(size: int, exact: bool, masked: bool, facts: DeviceFacts) -> tuple[in
     for unroll, stages in _TILINGS:
         if unroll > (1 if masked else 2 if padded_size(size) > 64 else 4):
             continue
-        if _shared_bytes(size, exact, unroll, stages) <= facts.shared_bytes:
+        if _shared_bytes(size, exact, unroll, stages, facts) <= facts.shared_bytes:
             return unroll, stages
     return None
 
@@ -46,7 +47,7 @@ def tiling(size: int, exact: bool, masked: bool, facts: DeviceFacts) -> tuple[in
 def backward_stages(size: int, exact: bool, facts: DeviceFacts) -> int | None:
     """Pipeline stages of the backward kernel; None where a block does not fit one program."""
     for stages in (4, 2):
-        if _shared_bytes(size, exact, BACKWARD_UNROLL, stages) <= facts.shared_bytes:
+        if _shared_bytes(size, exact, BACKWARD_UNROLL, stages, facts) <= facts.shared_bytes:
             return stages
     return None
 

@@ -11,12 +11,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ...spec import ScanSpec, pack_grid
+from .. import streamed
 from ..device import device_facts
 from ..family import KernelCall, ScanGradients
-from ..math import count, gru_gradients, in_range, load_grid, put, unpack_halves
+from ..math import count, gru_gradients, in_range, load_grid, put, round_to_tf32, unpack_gates
 from ..precision import fp32_precision
 from ..weight_gradient import weight_gradient
-from . import ROWS, backward_stages, is_resident, padded_size, streamed
+from . import ROWS, backward_stages, is_resident, padded_size
 from .forward import multiply
 from .weights import packed
 
@@ -75,7 +76,7 @@ def _backward(
     db_n = db_r
     for i in tl.range(0, count(T), num_stages=STAGES):
         if PACKED:
-            r, z, n, hn = unpack_halves(tl.load(gates + at + offset, mask=inside, other=0))
+            r, z, n, hn = unpack_gates(tl.load(gates + at + offset, mask=inside, other=0))
         else:
             gates_p = gates + at * 4 + b[None, :] * (4 * H) + c[:, None]
             r = tl.load(gates_p, mask=inside, other=0.0)
@@ -141,14 +142,15 @@ def _backward(
 class BackwardWeights(NamedTuple):
     """Attributes:
     spec: what the scan computed.
-    weight: float weights transposed and padded, ``[3, nblocks, BLOCK, BLOCK]``; fp16 unless fp32 accuracy is wanted.
+    weight: float weights transposed and padded, ``[3, nblocks, BLOCK, BLOCK]``; fp16 unless fp32 accuracy is wanted. A factor
+        in fp32 where blocks do not fit a program.
     h_grid: packed, or None.
     size: of a block.
     precision: of fp32 dots.
     """
 
     spec: ScanSpec
-    weight: Tensor
+    weight: Tensor | streamed.StreamedFactor
     h_grid: Tensor | None
     size: int
     precision: str
@@ -159,9 +161,15 @@ def prepare(spec: ScanSpec) -> BackwardWeights:
     (factor,) = spec.operand.factors.values()
     weight = factor.dequantize().transpose(-1, -2)
     size = weight.shape[-1]
+    h_grid, precision = pack_grid(spec.grids.h), fp32_precision(spec)
+    if not is_resident(size, spec.exact, device_facts(weight.device)):
+        weight = weight.float()
+        if precision == "tf32" and not spec.exact:
+            weight = round_to_tf32(weight)
+        return BackwardWeights(spec, streamed.StreamedFactor.of(weight), h_grid, size, precision)
     extra = padded_size(size) - size
     weight = pad(weight.to(torch.float32 if spec.exact else torch.float16), (0, extra, 0, extra)).contiguous()
-    return BackwardWeights(spec, weight, pack_grid(spec.grids.h), size, fp32_precision(spec))
+    return BackwardWeights(spec, weight, h_grid, size, precision)
 
 
 def backward(
@@ -180,17 +188,18 @@ def backward(
     """Gradients of the sequence, of h0, of the weights and of the bias."""
     spec, weight, h_grid, size, precision = prepared
     steps, rows, _, hidden = gi.shape
-    dgi = torch.empty_like(gi)
-    dgh_n = gi.new_empty((steps, rows, hidden))
     adjoint = torch.empty_like(states, dtype=torch.float32) if want_adjoint else None
-    padded = weight.shape[-1]
-    facts = device_facts(gi.device)
-    if not is_resident(size, spec.exact, facts):
+    if isinstance(weight, streamed.StreamedFactor):
+        # Programs read one another's gate gradients, which stay in fp32 for that.
+        dgi = torch.empty_like(gi, dtype=torch.float32)
+        dgh_n = dgi.new_empty((steps, rows, hidden))
         dh0 = streamed.backward(
-            weight, size, h_grid, precision, h0, states, gates, mask, reverse, dstates, dlast, dgi, dgh_n, adjoint
-        ).to(h0.dtype)
-        sums = None
+            None, weight, h_grid, precision, h0, states, gates, None, mask, reverse, dstates, dlast, dgi, dgh_n, adjoint, None
+        )
+        dgi, dgh_n, dh0, sums = dgi.to(gi.dtype), dgh_n.to(gi.dtype), dh0.to(h0.dtype), None
     else:
+        dgi = torch.empty_like(gi)
+        dgh_n = gi.new_empty((steps, rows, hidden))
         dh0 = torch.empty_like(h0)
         tiles = triton.cdiv(rows, ROWS)
         sums = gi.new_empty((3, tiles, hidden), dtype=torch.float32)
@@ -203,10 +212,10 @@ def backward(
             constants={
                 "H": hidden,
                 "SIZE": size,
-                "BLOCK": padded,
+                "BLOCK": weight.shape[-1],
                 "ROWS": ROWS,
                 "COPIES": 2,
-                "STAGES": backward_stages(size, spec.exact, facts),
+                "STAGES": backward_stages(size, spec.exact, device_facts(gi.device)),
                 "RESCALE": _RESCALE,
                 "REVERSE": reverse,
                 "PRECISION": precision,

@@ -8,13 +8,19 @@ import triton.language as tl
 from torch import Tensor
 
 from ...spec import grid_size
+from .. import streamed
 from ..device import device_facts
 from ..family import KernelCall
-from ..math import codes, count, gru_gates, in_range, load_grid, pack_halves, put
-from . import ROWS, is_resident, streamed, tiling
+from ..math import codes, count, gru_gates, in_range, load_grid, pack_gates, put
+from ..streamed import StreamedWeights
+from . import ROWS, tiling
 from .weights import BlockWeights, packed, prepare
 
 __all__ = ["call", "forward", "prepare"]
+
+#: With more groups of weights than these a step loops over them: unrolled, many would take minutes to compile.
+_MOST_UNROLLED = 2
+_UNROLLED_GROUPS = tl.constexpr(_MOST_UNROLLED)
 
 
 @triton.jit
@@ -96,7 +102,18 @@ def _forward(
                 here = inside & (t + u < T)
                 loaded = loaded + (tl.load(p, mask=here), tl.load(p + H, mask=here), tl.load(p + 2 * H, mask=here))
         for u in tl.static_range(UNROLL):
-            if scale is not None:
+            if scale is not None and GROUPS > _UNROLLED_GROUPS:
+                code = codes(h, h_inv, h_low, h_high)
+                gh_r = tl.zeros((BLOCK, ROWS), tl.float32)
+                gh_z = gh_r
+                gh_n = gh_r
+                for g in tl.range(0, GROUPS, num_stages=1):
+                    x = tl.where((s // (SIZE // GROUPS) == g)[:, None], code, 0.0).to(tl.float16)
+                    scale_p = scale + g * 3 * H + c
+                    gh_r += multiply(w_r, x, COPIES, PRECISION) * tl.load(scale_p, mask=own, other=0.0)[:, None]
+                    gh_z += multiply(w_z, x, COPIES, PRECISION) * tl.load(scale_p + H, mask=own, other=0.0)[:, None]
+                    gh_n += multiply(w_n, x, COPIES, PRECISION) * tl.load(scale_p + 2 * H, mask=own, other=0.0)[:, None]
+            elif scale is not None:
                 code = codes(h, h_inv, h_low, h_high)
                 x = code.to(tl.float16)
                 if GROUPS > 1:
@@ -138,7 +155,7 @@ def _forward(
             if gates is not None:
                 p = gates_p + u * step * planes
                 if PACKED:
-                    put(p, pack_halves(r, z, n, hn), here)
+                    put(p, pack_gates(r, z, n, hn), here)
                 else:
                     put(p, r, here)
                     put(p + H, z, here)
@@ -153,15 +170,23 @@ def _forward(
 
 
 def call(
-    weights: BlockWeights, gi: Tensor, h0: Tensor, mask: Tensor | None, reverse: bool, states: Tensor, gates: Tensor | None
+    weights: BlockWeights | StreamedWeights,
+    gi: Tensor,
+    h0: Tensor,
+    mask: Tensor | None,
+    reverse: bool,
+    states: Tensor,
+    gates: Tensor | None,
 ) -> KernelCall | None:
     """The launch that fills ``states``, and ``gates`` if given; None where weights do not fit a program."""
-    facts, exact = device_facts(gi.device), weights.weight.dtype == torch.float32
-    if not is_resident(weights.size, exact, facts):
+    if isinstance(weights, StreamedWeights):
         return None
+    facts, exact = device_facts(gi.device), weights.weight.dtype == torch.float32
     steps, rows, _, hidden = gi.shape
     unroll, stages = tiling(weights.size, exact, mask is not None, facts)
     groups = 1 if weights.scale is None else weights.scale.shape[0]
+    if groups == _MOST_UNROLLED:
+        unroll = min(unroll, 2)
     constants = {
         "H": hidden,
         "SIZE": weights.size,
@@ -190,8 +215,17 @@ def call(
 
 
 def forward(
-    weights: BlockWeights, gi: Tensor, h0: Tensor, mask: Tensor | None, reverse: bool, states: Tensor, gates: Tensor | None
+    weights: BlockWeights | StreamedWeights,
+    gi: Tensor,
+    h0: Tensor,
+    mask: Tensor | None,
+    reverse: bool,
+    states: Tensor,
+    gates: Tensor | None,
 ) -> None:
     """Fill ``states``, and ``gates`` if given."""
-    resident = call(weights, gi, h0, mask, reverse, states, gates)
-    (resident or streamed.forward_call(weights, gi, h0, mask, reverse, states, gates)).run()
+    if isinstance(weights, StreamedWeights):
+        return streamed.forward(weights, gi, h0, mask, reverse, states, gates)
+    launch = call(weights, gi, h0, mask, reverse, states, gates)
+    assert launch is not None
+    launch.run()

@@ -9,9 +9,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ...spec import ScanSpec, is_integer, pack_grid
+from .. import streamed
+from ..device import device_facts
 from ..math import gate_factors
 from ..precision import fp32_precision
-from . import padded_size
+from . import is_resident, padded_size
 
 
 class BlockWeights(NamedTuple):
@@ -55,8 +57,8 @@ def product_scale(spec: ScanSpec) -> Tensor | None:
     return scale.permute(3, 0, 1, 2).reshape(scale.shape[-1], scale.shape[0], -1).contiguous()
 
 
-def prepare(spec: ScanSpec) -> BlockWeights:
-    """Once for each set of weights."""
+def prepare(spec: ScanSpec) -> BlockWeights | streamed.StreamedWeights:
+    """Once for each set of weights; streamed ones where a block does not fit a program."""
     (factor,) = spec.operand.factors.values()
     scale = product_scale(spec)
     weight = (factor.values if scale is not None else factor.dequantize()).float()
@@ -67,17 +69,14 @@ def prepare(spec: ScanSpec) -> BlockWeights:
         weight, bias = weight * factors[..., None, None], bias * factors
     if not spec.exact or spec.quantized:
         weight = weight.to(torch.float16)
+    grids = pack_grid(spec.grids.h), pack_grid(spec.grids.state)
+    precision = fp32_precision(spec)
+    if not is_resident(size, weight.dtype == torch.float32, device_facts(weight.device)):
+        factor = streamed.StreamedFactor(streamed.pad_weight(weight), size, size, scale)
+        return streamed.StreamedWeights(None, factor, bias.contiguous(), grids[0], None, grids[1], precision, spec.quantized)
     extra = padded_size(size) - size
-    return BlockWeights(
-        pad(weight, (0, extra, 0, extra)).contiguous(),
-        scale,
-        bias.contiguous(),
-        pack_grid(spec.grids.h),
-        pack_grid(spec.grids.state),
-        size,
-        fp32_precision(spec),
-        spec.quantized,
-    )
+    weight = pad(weight, (0, extra, 0, extra)).contiguous()
+    return BlockWeights(weight, scale, bias.contiguous(), *grids, size, precision, spec.quantized)
 
 
 def packed(gates: Tensor | None) -> Tensor | None:

@@ -24,7 +24,7 @@ from ..exchange import (
     sum_parts,
 )
 from ..family import KernelCall, ScanGradients
-from ..math import count, in_range
+from ..math import count, in_range, round_to_tf32, to_tf32
 from ..precision import fp32_precision
 from .layout import DenseLayout, layout_of
 
@@ -47,8 +47,10 @@ def prepare(spec: ScanSpec) -> Prepared:
     """Weights as the kernel reads them."""
     weight = spec.operand.factors["blocks"].dequantize().float()
     layout = layout_of(weight.shape[-1], 1)
-    packed = layout.pack(weight.transpose(-1, -2))
-    return Prepared(layout, weight.shape[1], packed, pack_grid(spec.grids.h), spec.exact, fp32_precision(spec))
+    packed, precision = layout.pack(weight.transpose(-1, -2)), fp32_precision(spec)
+    if precision == "tf32" and not spec.exact:
+        packed = round_to_tf32(packed)
+    return Prepared(layout, weight.shape[1], packed, pack_grid(spec.grids.h), spec.exact, precision)
 
 
 @triton.jit(do_not_specialize=["T", "B", "tiles"])
@@ -134,6 +136,7 @@ def _scan(
                 da_r, da_z = tl.where(real, da_r, 0.0), tl.where(real, da_z, 0.0)
                 da_n, dgh = tl.where(real, da_n, 0.0), tl.where(real, dgh, 0.0)
                 dh, out_grad = tl.where(real, dh, grad), tl.where(real, grad, 0.0)
+            da_r, da_z, dgh = to_tf32(da_r, PRECISION), to_tf32(da_z, PRECISION), to_tf32(dgh, PRECISION)
             store_planes(dgi_step + row[None, :] * (3 * H) + channel[:, None], (da_r, da_z, da_n), ok, H)
             tl.store(dgh_n_step + at, dgh, mask=ok)
             group_barrier(counters, group, SLICES * (step + 1), SLICES)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..device import INTERPRETED, DeviceFacts
-from ..exchange_plan import Launch, plan_launch, power_of_two
+from ..exchange_plan import Launch, held_bytes, plan_launch, power_of_two
 
 #: Output channels of a program: what a matrix instruction takes.
 _ROWS = 16
@@ -46,7 +46,8 @@ class DenseLayout:
 
         def shared_bytes(batch: int, resident: bool) -> int:
             tiles = 3 * self.groups if resident else 1
-            return self.inputs * (tiles * self.rows + batch) * width
+            columns = max(tiles * self.rows + batch, 2 * batch if exact else 0)  # exact products read inputs in two parts
+            return self.inputs * columns * held_bytes(width, facts)
 
         return plan_launch(rows, self.slices * blocks, self.slices == 1, facts, exact, shared_bytes)
 

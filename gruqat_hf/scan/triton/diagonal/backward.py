@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...spec import ScanSpec, is_integer
 from ..family import KernelCall, ScanGradients
-from ..math import codes, count, gru_gates, gru_gradients, in_range, load_grid
+from ..math import codes, count, gate_factors, gru_gates, gru_gradients, in_range, load_grid
 from .forward import hidden_product
 from .weights import DiagonalWeights
 from .weights import prepare as prepare_forward
@@ -153,10 +153,20 @@ def _backward(
 
 
 def prepare(spec: ScanSpec) -> tuple[DiagonalWeights, Tensor, Tensor | None]:
-    """The forward kernel's weights, the float ones ``[3, H]``, and what a gradient of the operand's values is multiplied by."""
+    """Weights to compute gates again, the float ones ``[3, H]``, and what a gradient of the operand's values is multiplied by.
+
+    Gates are the float state's in every state: what they lack in exactness no gradient shows, and they take half the time.
+    """
     (factor,) = spec.operand.factors.values()
     weights = prepare_forward(spec)
     scale = weights.scale if is_integer(factor, spec.grids.h) else factor.scale
+    if weights.quantized:
+        factors = gate_factors(weights.weight.device)
+        if weights.scale is None:
+            weights = weights._replace(weight=weights.weight * factors)
+        else:
+            weights = weights._replace(scale=weights.scale * factors)
+        weights = weights._replace(bias=weights.bias * factors, quantized=False)
     return weights, factor.dequantize().float().contiguous(), scale
 
 
@@ -189,7 +199,6 @@ def backward(
         ),
         constants=constants,
         warps=1,
-        portable=weights.quantized,
     ).run()  # fmt: skip
     if not want_weights:
         return ScanGradients(dgi, dh0, adjoint=adjoint)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...replay import before_steps
 from ...spec import ScanSpec, pack_grid
+from .. import streamed
 from ..device import device_facts
 from ..exchange import (
     gate_planes,
@@ -25,36 +26,39 @@ from ..exchange import (
     store_planes,
 )
 from ..family import KernelCall, ScanGradients
-from ..math import count, in_range, put
+from ..math import count, in_range, put, round_to_tf32, to_tf32
 from ..precision import fp32_precision
+from . import streams
 from .layout import MonarchLayout, layout_of
 from .weights import mid_values, weight_gradients
 
 
 class Prepared(NamedTuple):
     """Attributes:
-    first: transposed float weights ``[slices, g, 1, chunks, rows, depth]`` fp32; g is 1 or 3.
-    second: transposed float weights ``[slices, 3, 1, positions, positions]`` fp32.
+    layout: None where weights are read anew at every step.
+    first: transposed float weights ``[slices, g, chunks, rows, depth]`` fp32; g is 1 or 3.
+    second: transposed float weights ``[slices, 3, positions, positions]`` fp32.
     """
 
     spec: ScanSpec
-    layout: MonarchLayout
-    first: Tensor
-    second: Tensor
+    layout: MonarchLayout | None
+    first: Tensor | streamed.StreamedFactor
+    second: Tensor | streamed.StreamedFactor
     h_grid: Tensor | None
 
 
 def prepare(spec: ScanSpec) -> Prepared:
     """Weights as the kernel reads them."""
     first, second = (spec.operand.factors[name].dequantize().float() for name in ("first", "second"))
+    h_grid = pack_grid(spec.grids.h)
+    if fp32_precision(spec) == "tf32" and not spec.exact:
+        first, second = round_to_tf32(first), round_to_tf32(second)
+    if streams(spec, device_facts(first.device)) is not None:
+        factors = (streamed.StreamedFactor.of(factor.transpose(-1, -2)) for factor in (first, second))
+        return Prepared(spec, None, *factors, h_grid)
     layout = layout_of(tuple(first.shape), tuple(second.shape))
-    return Prepared(
-        spec,
-        layout,
-        layout.pack_first(first.transpose(-1, -2), 1),
-        layout.pack_second(second, 1).transpose(-1, -2).contiguous(),
-        pack_grid(spec.grids.h),
-    )
+    first, second = layout.pack_first(first.transpose(-1, -2)), layout.pack_second(second).transpose(-1, -2).contiguous()
+    return Prepared(spec, layout, first, second, h_grid)
 
 
 @triton.jit(do_not_specialize=["T", "B", "tiles"])
@@ -155,7 +159,7 @@ def _scan(
                 row_at += direction * B
 
             slot = kept if KEEP else (step % 2) * B * FIRST_GATES * H
-            grads = (da_r, da_z, dgh)
+            grads = (to_tf32(da_r, PRECISION), to_tf32(da_z, PRECISION), to_tf32(dgh, PRECISION))
             for g in tl.static_range(3):
                 w = second_tiles[g] if RESIDENT else tl.load(second + g * SECOND_TILE + second_at)
                 if g == 0 or FIRST_GATES == 3:
@@ -165,7 +169,7 @@ def _scan(
                 if g == 2 or FIRST_GATES == 3:
                     if passes is not None:
                         dmid = tl.where(((passed >> (g % FIRST_GATES)) & 1) != 0, dmid, 0.0)
-                    tl.store(exchange_at + slot + g % FIRST_GATES * H, dmid, mask=ok)
+                    tl.store(exchange_at + slot + g % FIRST_GATES * H, to_tf32(dmid, PRECISION), mask=ok)
             group_barrier(counters, tile, SLICES * (step + 1), SLICES)
             products = tl.zeros((CHUNKS, ROWS, BATCH), tl.float32)
             for g in tl.static_range(FIRST_GATES):
@@ -187,44 +191,26 @@ def _scan(
         tl.store(dh0 + at, carry, mask=ok)
 
 
-def backward(
-    prepared: Prepared,
-    gi: Tensor,
-    h0: Tensor,
-    states: Tensor,
-    gates: Tensor,
-    mask: Tensor | None,
-    reverse: bool,
-    dstates: Tensor,
-    dlast: Tensor,
-    want_adjoint: bool,
-    want_weights: bool = False,
-) -> ScanGradients:
-    """Gradients of the scan's inputs and, if wanted, of the weights."""
-    layout, facts, spec = prepared.layout, device_facts(gi.device), prepared.spec
-    steps, rows, _, hidden = gi.shape
+def _packed(
+    prepared: Prepared, h0: Tensor, mask: Tensor | None, reverse: bool, states: Tensor, gates: Tensor, passes: Tensor | None,
+    dstates: Tensor, dlast: Tensor, dgi: Tensor, dgh_n: Tensor, dh0: Tensor, adjoint: Tensor | None, dmid: Tensor, keep: bool,
+) -> None:  # fmt: skip
+    """Fill ``dgi``, ``dgh_n``, ``dh0``, ``adjoint`` and ``dmid`` (KEEP: of all steps), with weights that stay with programs."""
+    layout, spec, facts = prepared.layout, prepared.spec, device_facts(dgi.device)
+    assert layout is not None
+    steps, rows, hidden = states.shape
     first_gates = prepared.first.shape[1]
-    launch = layout.launch(rows, first_gates, (1, 1), facts, 4, spec.exact)
+    launch = layout.launch(rows, first_gates, facts, 4, spec.exact)
     assert launch is not None
     gates, planes = gate_planes(gates)
-    before = mid = None
-    if want_weights or spec.grids.mid is not None:
-        before = before_steps(states, h0, reverse).flatten(0, 1).float()
-        mid = mid_values(spec, before)
-    dgi = torch.empty_like(gi)
-    dgh_n = gi.new_empty(steps, rows, hidden)
-    dh0 = torch.empty_like(h0)
-    adjoint = torch.empty_like(dgh_n, dtype=torch.float32) if want_adjoint else None
-    # Gradients of the mid values: of two steps, or of all where the weights need them.
-    dmid = new_exchange((steps if want_weights else 2, rows, first_gates, hidden), torch.float32, gi.device)
     KernelCall(
         _scan,
         (layout.slices, launch.side_by_side, 1),
-        (h0, states, gates, mask, None if mid is None else mid.passes, dstates, dlast, dgi, dgh_n, dh0, adjoint),
+        (h0, states, gates, mask, passes, dstates, dlast, dgi, dgh_n, dh0, adjoint),
         (
             dmid,
-            new_counters(launch.tiles, gi.device),
-            layout.channels(gi.device),
+            new_counters(launch.tiles, dgi.device),
+            layout.channels(dgi.device),
             prepared.first,
             prepared.second,
             prepared.h_grid,
@@ -241,7 +227,7 @@ def backward(
             "DEPTH": layout.depth,
             "BATCH": launch.batch,
             "FIRST_GATES": first_gates,
-            "KEEP": want_weights,
+            "KEEP": keep,
             "PLANES": planes,
             "RESIDENT": launch.resident,
             "REVERSE": reverse,
@@ -250,6 +236,48 @@ def backward(
         warps=layout.warps(launch),
         cooperative=layout.slices > 1,
     ).run()
+
+
+def backward(
+    prepared: Prepared,
+    gi: Tensor,
+    h0: Tensor,
+    states: Tensor,
+    gates: Tensor,
+    mask: Tensor | None,
+    reverse: bool,
+    dstates: Tensor,
+    dlast: Tensor,
+    want_adjoint: bool,
+    want_weights: bool = False,
+) -> ScanGradients:
+    """Gradients of the scan's inputs and, if wanted, of the weights."""
+    spec = prepared.spec
+    steps, rows, _, hidden = gi.shape
+    first = spec.operand.factors["first"].values
+    before = mid = None
+    if want_weights or spec.grids.mid is not None:
+        before = before_steps(states, h0, reverse).flatten(0, 1).float()
+        mid = mid_values(spec, before)
+    passes = None if mid is None else mid.passes
+    adjoint = torch.empty_like(states, dtype=torch.float32) if want_adjoint else None
+    # Gradients of the mid values: of two steps, or of all where the weights need them.
+    shape = (steps if want_weights else 2, rows, first.shape[0], first.shape[1] * first.shape[2])
+    dmid = new_exchange(shape, torch.float32, gi.device)
+    if prepared.layout is None:
+        # Programs read one another's gate gradients, which stay in fp32 for that.
+        dgi = torch.empty_like(gi, dtype=torch.float32)
+        dgh_n = dgi.new_empty(steps, rows, hidden)
+        dh0 = streamed.backward(
+            prepared.first, prepared.second, prepared.h_grid, fp32_precision(spec), h0, states, gates, passes, mask, reverse,
+            dstates, dlast, dgi, dgh_n, adjoint, dmid,
+        )  # fmt: skip
+        dgi, dgh_n, dh0 = dgi.to(gi.dtype), dgh_n.to(gi.dtype), dh0.to(h0.dtype)
+    else:
+        dgi = torch.empty_like(gi)
+        dgh_n = gi.new_empty(steps, rows, hidden)
+        dh0 = torch.empty_like(h0)
+        _packed(prepared, h0, mask, reverse, states, gates, passes, dstates, dlast, dgi, dgh_n, dh0, adjoint, dmid, want_weights)
     weights = None, None, None
     if want_weights:
         assert before is not None and mid is not None

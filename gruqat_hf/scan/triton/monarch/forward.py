@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...spec import ScanSpec, pack_grid
+from .. import streamed
 from ..device import device_facts
 from ..exchange import (
     gate_planes,
@@ -27,13 +28,14 @@ from ..exchange import (
 from ..family import KernelCall
 from ..math import codes, count, gate_factors
 from ..precision import fp32_precision
+from . import streams
 from .layout import MonarchLayout, layout_of
 
 
 class Prepared(NamedTuple):
     """Attributes:
-    first: ``[slices, g, groups, chunks, rows, depth]``, codes or float weights in fp16 (fp32 if exact); g is 1 or 3.
-    second: ``[slices, 3, groups, positions, positions]``, likewise.
+    first: ``[slices, g, chunks, rows, depth]``, codes or float weights in fp16 (fp32 if exact); g is 1 or 3.
+    second: ``[slices, 3, positions, positions]``, likewise.
     first_scales, second_scales: ``[g, groups, H]`` and ``[3, groups, H]`` of the integer products, or None.
     bias: ``[3, H]`` fp32.
     h_grid, mid_grid, state_grid: packed grids or None.
@@ -53,43 +55,54 @@ class Prepared(NamedTuple):
     quantized: bool
 
 
-def prepare(spec: ScanSpec) -> Prepared:
+def prepare(spec: ScanSpec) -> Prepared | streamed.StreamedWeights:
     """Weights, scales and grids as the kernel reads them."""
     first, second = spec.operand.factors["first"], spec.operand.factors["second"]
     grids, exact = spec.grids, spec.exact and not spec.quantized
-    layout = layout_of(tuple(first.values.shape), tuple(second.values.shape))
-    gates, blocks, size, _ = first.values.shape
     hidden, device = spec.hidden_size, first.values.device
     bias = torch.zeros(3, hidden, device=device) if spec.bias is None else spec.bias.float()
-    dtype = torch.float32 if exact else torch.float16
-    first_scales = second_scales = None
+    first_values, second_values, first_scale, second_scale = first.values, second.values, None, None
     if spec.quantized:
         assert grids.h is not None and grids.mid is not None and first.scale is not None and second.scale is not None
-        groups = first.groups, second.groups
-        scales = (grids.h.scale * first.scale).expand(gates, blocks, size, groups[0])
-        first_scales = scales.permute(0, 3, 1, 2).flatten(2).contiguous()
-        scales = (grids.mid.scale.reshape(-1, 1, 1, 1) * second.scale).expand(3, *second.values.shape[1:3], groups[1])
-        second_scales = scales.permute(0, 3, 2, 1).flatten(2).contiguous()
-        first_values, second_values = first.values, second.values
+        first_scale = (grids.h.scale * first.scale).expand(*first.values.shape[:3], first.groups)
+        second_scale = (grids.mid.scale.reshape(-1, 1, 1, 1) * second.scale).expand(*second.values.shape[:3], second.groups)
     else:
-        groups = 1, 1
         factors = gate_factors(device)
-        first_values, second_values = first.values, second.values.float() * factors.view(3, 1, 1, 1)
+        second_values = second_values.float() * factors.view(3, 1, 1, 1)
         bias = bias * factors
+    dtype = torch.float32 if exact else torch.float16
+    first_values, second_values, bias = first_values.to(dtype), second_values.to(dtype), bias.contiguous()
+    packed_grids = pack_grid(grids.h), pack_grid(grids.mid), pack_grid(grids.state)
+    precision = fp32_precision(spec)
+    if streams(spec, device_facts(device)) is not None:
+        both = streamed.StreamedFactor.of(first_values, first_scale), streamed.StreamedFactor.of(second_values, second_scale)
+        return streamed.StreamedWeights(*both, bias, *packed_grids, precision, spec.quantized)
+    layout = layout_of(tuple(first.values.shape), tuple(second.values.shape))
     return Prepared(
         layout,
-        layout.pack_first(first_values.to(dtype), groups[0]),
-        layout.pack_second(second_values.to(dtype), groups[1]),
-        first_scales,
-        second_scales,
-        bias.contiguous(),
-        pack_grid(grids.h),
-        pack_grid(grids.mid),
-        pack_grid(grids.state),
+        layout.pack_first(first_values),
+        layout.pack_second(second_values),
+        None if first_scale is None else first_scale.permute(0, 3, 1, 2).flatten(2).contiguous(),
+        None if second_scale is None else second_scale.permute(0, 3, 2, 1).flatten(2).contiguous(),
+        bias,
+        *packed_grids,
         exact,
-        fp32_precision(spec),
+        precision,
         spec.quantized,
     )
+
+
+@triton.jit
+def _add_groups(
+    weight, x, group, scales, live, BATCH: tl.constexpr, H: tl.constexpr, GROUPS: tl.constexpr, PRECISION: tl.constexpr
+):
+    """The product of codes as ``[positions, BATCH]``, one group of inputs after the other, each with its scales."""
+    total = tl.zeros((live.shape[0], BATCH), tl.float32)
+    for j in tl.range(0, GROUPS, num_stages=1):
+        own = tl.where(group == j, x, 0.0).to(x.dtype)
+        product = tl.reshape(tl.dot(weight, own, input_precision=PRECISION), (live.shape[0], BATCH))
+        total += product * tl.load(scales + j * H, mask=live, other=0.0)[:, None]
+    return total
 
 
 @triton.jit(do_not_specialize=["T", "B", "tiles"])
@@ -121,6 +134,8 @@ def _scan(
     DEPTH: tl.constexpr,
     BATCH: tl.constexpr,
     FIRST_GATES: tl.constexpr,
+    FIRST_SIZE: tl.constexpr,
+    SECOND_BLOCKS: tl.constexpr,
     FIRST_GROUPS: tl.constexpr,
     SECOND_GROUPS: tl.constexpr,
     MID_SCALES: tl.constexpr,
@@ -136,13 +151,13 @@ def _scan(
     FIRST_TILE: tl.constexpr = POSITIONS * DEPTH
     SECOND_TILE: tl.constexpr = POSITIONS * POSITIONS
     chunk = tl.arange(0, CHUNKS)[:, None, None]
-    first += part * (FIRST_GATES * FIRST_GROUPS * FIRST_TILE)
+    first += part * (FIRST_GATES * FIRST_TILE)
     first_at = chunk * (ROWS * DEPTH) + tl.arange(0, ROWS)[None, :, None] * DEPTH + tl.arange(0, DEPTH)[None, None, :]
-    second += part * (3 * SECOND_GROUPS * SECOND_TILE)
+    second += part * (3 * SECOND_TILE)
     second_at = tl.arange(0, POSITIONS)[:, None] * POSITIONS + tl.arange(0, POSITIONS)[None, :]
     if RESIDENT:
-        first_tiles = load_tiles(first, first_at, FIRST_GATES * FIRST_GROUPS, FIRST_TILE)
-        second_tiles = load_tiles(second, second_at, 3 * SECOND_GROUPS, SECOND_TILE)
+        first_tiles = load_tiles(first, first_at, FIRST_GATES, FIRST_TILE)
+        second_tiles = load_tiles(second, second_at, 3, SECOND_TILE)
 
     channel = tl.load(channels + part * POSITIONS + tl.arange(0, POSITIONS))
     live = channel >= 0
@@ -182,32 +197,30 @@ def _scan(
             coming = load_planes(gi_at, ok & (step + 1 < T), 3, H)
             mids = ()
             for g in tl.static_range(FIRST_GATES):
-                for j in tl.static_range(FIRST_GROUPS):
-                    tile_at = first + (g * FIRST_GROUPS + j) * FIRST_TILE + first_at
-                    w = first_tiles[g * FIRST_GROUPS + j] if RESIDENT else tl.load(tile_at)
-                    product = tl.reshape(tl.dot(w, x, input_precision=PRECISION), (POSITIONS, BATCH))
+                w = first_tiles[g] if RESIDENT else tl.load(first + g * FIRST_TILE + first_at)
+                if FIRST_GROUPS > 1:
+                    group = input_channel % FIRST_SIZE // (FIRST_SIZE // FIRST_GROUPS)
+                    scales = first_scales + g * FIRST_GROUPS * H + channel
+                    mid = _add_groups(w, x, group, scales, live, BATCH, H, FIRST_GROUPS, PRECISION)
+                else:
+                    mid = tl.reshape(tl.dot(w, x, input_precision=PRECISION), (POSITIONS, BATCH))
                     if PORTABLE:
-                        product *= tl.load(first_scales + (g * FIRST_GROUPS + j) * H + channel, mask=live, other=0.0)[:, None]
-                    if j == 0:
-                        mid = product
-                    else:
-                        mid += product
+                        mid *= tl.load(first_scales + g * H + channel, mask=live, other=0.0)[:, None]
                 if PORTABLE:
                     bound_at = mid_grid + MID_SCALES + (g if MID_SCALES > 1 else 0)
                     mid = codes(mid, tl.load(bound_at), tl.load(bound_at + MID_SCALES), tl.load(bound_at + 2 * MID_SCALES))
                 mids = mids + (mid.to(exchange.dtype.element_ty),)
             gh = ()
             for g in tl.static_range(3):
-                for j in tl.static_range(SECOND_GROUPS):
-                    tile_at = second + (g * SECOND_GROUPS + j) * SECOND_TILE + second_at
-                    w = second_tiles[g * SECOND_GROUPS + j] if RESIDENT else tl.load(tile_at)
-                    product = tl.dot(w, mids[g % FIRST_GATES], input_precision=PRECISION)
+                w = second_tiles[g] if RESIDENT else tl.load(second + g * SECOND_TILE + second_at)
+                if SECOND_GROUPS > 1:
+                    group = (channel // SECOND_BLOCKS // (H // SECOND_BLOCKS // SECOND_GROUPS))[:, None]
+                    scales = second_scales + g * SECOND_GROUPS * H + channel
+                    total = _add_groups(w, mids[g % FIRST_GATES], group, scales, live, BATCH, H, SECOND_GROUPS, PRECISION)
+                else:
+                    total = tl.dot(w, mids[g % FIRST_GATES], input_precision=PRECISION)
                     if PORTABLE:
-                        product *= tl.load(second_scales + (g * SECOND_GROUPS + j) * H + channel, mask=live, other=0.0)[:, None]
-                    if j == 0:
-                        total = product
-                    else:
-                        total += product
+                        total *= tl.load(second_scales + g * H + channel, mask=live, other=0.0)[:, None]
                 gh = gh + (total,)
             gh = (gh[0] + b_r, gh[1] + b_z, gh[2] + b_n)
             r, z, n, hn, new = next_state(now, gh, h, state_codes, state_grid is not None, PORTABLE)
@@ -227,15 +240,21 @@ def _scan(
 
 
 def forward(
-    prepared: Prepared, gi: Tensor, h0: Tensor, mask: Tensor | None, reverse: bool, states: Tensor, gates: Tensor | None
+    prepared: Prepared | streamed.StreamedWeights,
+    gi: Tensor,
+    h0: Tensor,
+    mask: Tensor | None,
+    reverse: bool,
+    states: Tensor,
+    gates: Tensor | None,
 ) -> None:
     """Fill ``states`` ``[T, B, H]`` and, unless None, ``gates`` ``[T, B, 4, H]``."""
+    if isinstance(prepared, streamed.StreamedWeights):
+        return streamed.forward(prepared, gi, h0, mask, reverse, states, gates)
     layout, facts = prepared.layout, device_facts(gi.device)
     steps, rows, _, hidden = gi.shape
-    first_gates, first_groups = prepared.first.shape[1:3]
-    second_groups = prepared.second.shape[2]
-    width = prepared.first.element_size()
-    launch = layout.launch(rows, first_gates, (first_groups, second_groups), facts, width, prepared.exact)
+    first_gates = prepared.first.shape[1]
+    launch = layout.launch(rows, first_gates, facts, prepared.first.element_size(), prepared.exact)
     assert launch is not None
     gates, planes = gate_planes(gates)
     mid_grid, state_grid = prepared.mid_grid, prepared.state_grid
@@ -268,8 +287,10 @@ def forward(
             "DEPTH": layout.depth,
             "BATCH": launch.batch,
             "FIRST_GATES": first_gates,
-            "FIRST_GROUPS": first_groups,
-            "SECOND_GROUPS": second_groups,
+            "FIRST_SIZE": layout.first_size,
+            "SECOND_BLOCKS": layout.second_blocks,
+            "FIRST_GROUPS": 1 if prepared.first_scales is None else prepared.first_scales.shape[1],
+            "SECOND_GROUPS": 1 if prepared.second_scales is None else prepared.second_scales.shape[1],
             "MID_SCALES": 1 if mid_grid is None else mid_grid.shape[1],
             "STATE_SCALES": 1 if state_grid is None else state_grid.shape[1],
             "PLANES": planes,

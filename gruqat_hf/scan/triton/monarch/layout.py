@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..device import INTERPRETED, DeviceFacts
-from ..exchange_plan import Launch, plan_launch, power_of_two
+from ..exchange_plan import Launch, held_bytes, plan_launch, power_of_two
 
 #: Channels of a program, about, and positions of a chunk: what a matrix instruction takes.
 _CHANNELS = 64
@@ -57,53 +57,44 @@ class MonarchLayout:
         """The channel at each position, ``[slices, chunks, rows]`` int32, -1 where there is none."""
         return _channels(self, device)
 
-    def pack_first(self, first: Tensor, groups: int) -> Tensor:
-        """``[g, k, p, p]`` → ``[slices, g, groups, chunks, rows, depth]``; a group's tile is zero but for its own inputs."""
+    def pack_first(self, first: Tensor) -> Tensor:
+        """``[g, k, p, p]`` → ``[slices, g, chunks, rows, depth]``."""
         size = first.shape[-1]
         channel = self.channels(first.device)
         row = channel.clamp(min=0).long()
         weight = first.flatten(1, 2)[:, row] * (channel >= 0).unsqueeze(-1)  # [g, slices, chunks, rows, p]
-        weight = weight.unsqueeze(1) * _group_mask(size, groups, first).view(groups, 1, 1, 1, size)
         held = self.span // size
         here = torch.arange(held, device=first.device) == (row // size - row // self.span * held).unsqueeze(-1)
-        weight = (weight.unsqueeze(-2) * here.unsqueeze(-1)).flatten(-2)  # [g, groups, slices, chunks, rows, span]
-        return F.pad(weight, (0, self.depth - self.span)).permute(2, 0, 1, 3, 4, 5).contiguous()
+        weight = (weight.unsqueeze(-2) * here.unsqueeze(-1)).flatten(-2)  # [g, slices, chunks, rows, span]
+        return F.pad(weight, (0, self.depth - self.span)).transpose(0, 1).contiguous()
 
-    def pack_second(self, second: Tensor, groups: int) -> Tensor:
-        """``[3, l, s, s]`` → ``[slices, 3, groups, positions out, positions in]``, groups as in :meth:`pack_first`."""
-        gates, blocks, size, _ = second.shape
+    def pack_second(self, second: Tensor) -> Tensor:
+        """``[3, l, s, s]`` → ``[slices, 3, positions out, positions in]``."""
+        gates, blocks, _, _ = second.shape
         channel = self.channels(second.device).flatten(1)
         position = channel.clamp(min=0).long()
         weight = second.transpose(1, 2).flatten(1, 2)[:, position]  # [3, slices, out, s]
-        weight = weight.unsqueeze(1) * _group_mask(size, groups, second).view(groups, 1, 1, size)
         column = (position // blocks).unsqueeze(1).expand(-1, self.positions, -1)
-        weight = weight.gather(-1, column.expand(gates, groups, -1, -1, -1))
+        weight = weight.gather(-1, column.expand(gates, -1, -1, -1))
         same = position.unsqueeze(2) % blocks == position.unsqueeze(1) % blocks
         same = same & (channel >= 0).unsqueeze(2) & (channel >= 0).unsqueeze(1)
-        return (weight * same).permute(2, 0, 1, 3, 4).contiguous()
+        return (weight * same).transpose(0, 1).contiguous()
 
-    def launch(
-        self, rows: int, gates: int, groups: tuple[int, int], facts: DeviceFacts, width: int, exact: bool
-    ) -> Launch | None:
+    def launch(self, rows: int, gates: int, facts: DeviceFacts, width: int, exact: bool) -> Launch | None:
         """How ``rows`` of a batch are walked with weights of ``width`` bytes; see :func:`plan_launch`.
 
         Args:
             gates: of the first factor.
-            groups: of the two factors.
         """
         first, second = self.positions * self.depth, self.positions * self.positions
 
         def shared_bytes(batch: int, resident: bool) -> int:
-            weights = gates * groups[0] * first + 3 * groups[1] * second if resident else max(first, second)
-            return (weights + (self.chunks * self.depth + gates * self.positions) * batch) * width
+            weights, inputs = gates * first + 3 * second if resident else max(first, second), self.chunks * self.depth * batch
+            values = weights + inputs + gates * self.positions * batch
+            # Exact products read inputs in two parts.
+            return max(values, 2 * inputs if exact else 0) * held_bytes(width, facts)
 
         return plan_launch(rows, self.slices, self.slices == 1, facts, exact, shared_bytes)
-
-
-def _group_mask(size: int, groups: int, like: Tensor) -> Tensor:
-    """``[groups, size]``: one where an input belongs to the group."""
-    index = torch.arange(size, device=like.device) // (size // groups)
-    return (index == torch.arange(groups, device=like.device).unsqueeze(1)).to(like.dtype)
 
 
 @lru_cache(maxsize=64)

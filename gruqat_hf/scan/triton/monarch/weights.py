@@ -53,7 +53,7 @@ def _of_values(factor: Factor, gradient: Tensor, integer: bool) -> Tensor:
 def weight_gradients(
     spec: ScanSpec, before: Tensor, mid: MidValues, dmid: Tensor, dgi: Tensor, dgh_n: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of first, second and bias, ``[g, k, p, p]``, ``[3, l, s, s]`` and ``[3, H]``, in fp32.
+    """Gradients of first, second and bias, ``[g, k, q, p]``, ``[3, l, s, r]`` and ``[3, H]``, in fp32.
 
     Args:
         before: states before each step, ``[R, H]`` fp32.
@@ -62,23 +62,23 @@ def weight_gradients(
         dgh_n: that of the hidden product's n, ``[R, H]``.
     """
     first, second = spec.operand.factors["first"], spec.operand.factors["second"]
-    gates, blocks, size, _ = first.values.shape
-    _, count, width, _ = second.values.shape
+    gates, blocks, out, size = first.values.shape
+    _, count, width, rank = second.values.shape
     rows = before.shape[0]
 
     h = before if spec.grids.h is None else spec.grids.h.round_trip(before)
     h = h.view(rows, blocks, size).transpose(0, 1)
-    dmid = dmid.view(rows, gates, blocks, size)
+    dmid = dmid.view(rows, gates, blocks, out)
     dfirst = torch.stack([torch.bmm(dmid[:, g].permute(1, 2, 0), h) for g in range(gates)])
 
     # Blocks of the second factor take every `count`-th channel: bring each block's together, then multiply.
     dgh = dgi.new_empty((count, rows, 3, width), dtype=torch.float32)
     dgh[:, :, :2] = dgi[:, :2].view(rows, 2, width, count).permute(3, 0, 1, 2)
     dgh[:, :, 2] = dgh_n.view(rows, width, count).permute(2, 0, 1)
-    values = mid.values.view(rows, gates, width, count).permute(1, 3, 0, 2).contiguous()
+    values = mid.values.view(rows, gates, rank, count).permute(1, 3, 0, 2).contiguous()
     if gates == 1:
         dsecond = torch.bmm(dgh.flatten(2).transpose(1, 2), values[0])
-        dsecond = dsecond.view(count, 3, width, width).transpose(0, 1)
+        dsecond = dsecond.view(count, 3, width, rank).transpose(0, 1)
     else:
         dsecond = torch.stack([torch.bmm(dgh[:, :, g].transpose(1, 2), values[g]) for g in range(3)])
     dbias = dgh.sum(1).permute(1, 2, 0).flatten(1)

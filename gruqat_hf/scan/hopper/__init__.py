@@ -1,0 +1,47 @@
+"""Scans as Gluon kernels for Hopper GPUs: the tier above the portable ones. Importing this needs neither triton nor a GPU.
+
+Its families follow the protocol of the portable ones and run by the same operators and plans; what they refuse, the portable ones
+serve.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ...operands import BlockDiagonalOperand
+from ..dispatch import Backend, Plan
+from ..inputs import LayerWeights, ScanInputs
+from ..triton import run_family
+from ..triton.choice import choose, register
+from ..triton.device import DeviceFacts
+from ..triton.plan import prepare_plan
+from ..triton.training_product import dense_product
+from . import block_diagonal
+
+__all__ = ["BACKEND"]
+
+register("hopper_block_diagonal", block_diagonal)
+
+
+def _candidates(inputs: ScanInputs, facts: DeviceFacts) -> tuple[str, ...]:
+    """The families that take an operand, best first."""
+    return ("hopper_block_diagonal",) if isinstance(inputs.operand, BlockDiagonalOperand) else ()
+
+
+def _refuses(inputs: ScanInputs) -> str | None:
+    family, reason = choose(inputs, _candidates)
+    return reason if family is None else None
+
+
+def _run(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
+    family, reason = choose(inputs, _candidates)
+    if family is None:
+        raise RuntimeError(f"no Hopper kernel runs this scan: {reason}")
+    return run_family(inputs, family)
+
+
+def _prepare(weights: LayerWeights, x: Tensor) -> Plan | str:
+    return prepare_plan(weights, x, _candidates)
+
+
+BACKEND = Backend("hopper", refuses=_refuses, run=_run, prepare=_prepare, product=dense_product)
