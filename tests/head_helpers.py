@@ -8,16 +8,22 @@ import torch
 from model_helpers import features, small_config
 
 from gruqat_hf import (
+    PRESETS,
     GruQatForAudioClassification,
     GruQatForAudioFrameClassification,
     GruQatForCausalLM,
     GruQatForSequenceClassification,
     GruQatForTimeSeriesPrediction,
     GruQatForTokenClassification,
+    QuantizerConfig,
+    QuantRecipe,
 )
 
 VOCABULARY = 23
 STATES = ("float", "qat", "frozen")
+
+WEIGHT = QuantizerConfig(granularity="channel", observer="dynamic")
+LAYERS = {point: getattr(PRESETS["int8_state16"], point) for point in ("x", "h", "state", "weight_input", "weight_hidden")}
 
 HEADS: dict[str, type] = {
     "sequence": GruQatForSequenceClassification,
@@ -26,6 +32,23 @@ HEADS: dict[str, type] = {
     "audio": GruQatForAudioClassification,
     "frame": GruQatForAudioFrameClassification,
     "series": GruQatForTimeSeriesPrediction,
+}
+
+#: Recipes that quantize embedding and head in different ways.
+PART_RECIPES: dict[str, Any] = {
+    **{name: name for name in PRESETS if name not in ("fp32", "int8_hidden", "int8_dynamic")},
+    "packed": QuantRecipe(
+        **LAYERS,
+        embedding=QuantizerConfig(bits=3, granularity="group", group_size=4, observer="minmax"),
+        head=QuantizerConfig(bits=4, granularity="group", group_size=8, observer="ema"),
+        head_input=QuantizerConfig(bits=16, symmetric=False, observer="minmax"),
+    ),
+    "learned": QuantRecipe(
+        **LAYERS,
+        embedding=QuantizerConfig(granularity="channel", scheme="lsq"),
+        head=QuantizerConfig(bits=5, scheme="lsq", granularity="tensor"),
+        head_input=QuantizerConfig(scheme="lsq"),
+    ),
 }
 
 
@@ -62,3 +85,23 @@ def run(model: Any, x: torch.Tensor, **inputs: Any) -> torch.Tensor:
     """Logits, forecasts or last hidden states."""
     with torch.no_grad():
         return model(**{model.main_input_name: x}, **inputs)[model.stream_output]
+
+
+def model_of(head: str, state: str, recipe: Any = "int8_state16", **fields: Any) -> Any:
+    """As :func:`head_model`; text heads read ids, the others features."""
+    if head in ("sequence", "token"):
+        fields = {"vocab_size": VOCABULARY, **fields}
+    return head_model(head, state, recipe, classifier_dropout=0.2, **fields)
+
+
+def train_once(model: Any) -> Any:
+    """One step of training, as in an ordinary loop."""
+    x = inputs_of(model)
+    model.train()
+    outputs = model(**{model.main_input_name: x})[model.stream_output]
+    outputs.square().mean().backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter -= 0.05 * parameter.grad
+    return model.eval()

@@ -185,7 +185,10 @@ class TestCausalLM:
     @pytest.mark.parametrize("state", STATES)
     @pytest.mark.parametrize("tied", [False, True])
     def test_resizing_the_vocabulary(self, tmp_path, state, tied):
-        model = head_model("lm", state, input_size=16, tie_word_embeddings=tied)
+        # Frozen, a vocabulary can change only where it is in float.
+        model = head_model(
+            "lm", state, "int8_hidden" if state == "frozen" else "int8_state16", input_size=16, tie_word_embeddings=tied
+        )
         before = run(model, ids())
         model.resize_token_embeddings(30)
         assert model.config.vocab_size == 30 and (model.lm_head.weight is model.model.embed_tokens.weight) == tied
@@ -193,9 +196,9 @@ class TestCausalLM:
         model.save_pretrained(tmp_path)
         assert torch.equal(run(GruQatForCausalLM.from_pretrained(tmp_path), ids()), run(model, ids()))
 
-    def test_half_precision_keeps_the_type_of_the_weight(self):
-        model = head_model("lm", "frozen").to(torch.bfloat16)
-        assert run(model, ids()).dtype == torch.bfloat16
+    def test_half_precision_keeps_the_type_of_a_float_weight(self):
+        assert run(head_model("lm", "frozen", "int8_hidden").to(torch.bfloat16), ids()).dtype == torch.bfloat16
+        assert run(head_model("lm", "frozen").to(torch.bfloat16), ids()).dtype == torch.float32
 
     @pytest.mark.parametrize(
         "fields, message",

@@ -170,11 +170,12 @@ class TestDtype:
         assert before and all(
             torch.equal(after[name], value) and after[name].dtype == torch.float32 for name, value in before.items()
         )
-        assert model.dtype == torch.bfloat16 and model.classifier.weight.dtype == torch.bfloat16
+        assert model.dtype == torch.bfloat16 and model.classifier.bias.dtype == torch.bfloat16
+        assert state == "frozen" or model.classifier.weight.dtype == torch.bfloat16
         for name, tensor in after.items():
             assert tensor.dtype in (torch.bfloat16, torch.float32, torch.int8, torch.int32, torch.int64), name
         logits = output_of(model, features().to(torch.bfloat16))
-        assert logits.dtype == torch.bfloat16 and logits.isfinite().all()
+        assert logits.dtype == torch.float32 and logits.isfinite().all()
 
     def test_half_is_refused_when_quantized(self):
         with pytest.raises(ValueError, match="half"):
@@ -190,6 +191,9 @@ def test_the_report_counts_what_a_checkpoint_holds():
     output_of(model, features())
     frozen = model.report()
     assert frozen.tensor_bytes == sum(tensor.nbytes for tensor in model.state_dict().values()) < dense.tensor_bytes
+    assert [part.name for part in frozen.parts] == ["classifier"] and frozen.other_bytes == dense.other_bytes == 0
+    assert frozen.parts[0].bits == {"head": 8, "head_input": 16} and frozen.parts[0].scales == 3
+    assert "classifier" in str(frozen) and "3 scales" in str(frozen) and "8-bit codes, 3 scales" in str(model.classifier)
     assert [layer.name for layer in frozen.layers] == ["model.stack.layers.0.0", "model.stack.layers.1.0"]
     assert frozen.layers[0].bits["state"] == 16 and "mid_hidden" not in frozen.layers[0].bits
     assert "frozen" in str(frozen) and frozen.layers[0].path.split()[0] in ("cpu", "triton", "reference")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from head_helpers import head_model, ids, run
 from model_helpers import KINDS, features, in_state, output_of, small_model
 
-from gruqat_hf import GruQatForSequenceClassification
+from gruqat_hf import GruQatForCausalLM, GruQatForSequenceClassification
 
 pytestmark = pytest.mark.hf
 
@@ -22,3 +23,13 @@ def test_a_layer_on_disk(tmp_path, state, kind):
     )
     assert any(parameter.device.type == "meta" for parameter in offloaded.model.stack.layers[1].parameters())
     assert torch.equal(output_of(offloaded, features()), output_of(model, features()))
+
+
+@pytest.mark.parametrize("state", ["float", "qat", "frozen"])
+@pytest.mark.parametrize("on_disk", ["model.embed_tokens", "lm_head"])
+def test_an_embedding_and_a_head_on_disk(tmp_path, state, on_disk):
+    model = head_model("lm", state)
+    model.save_pretrained(tmp_path / "model")
+    where = {"model.embed_tokens": "cpu", "model.stack": "cpu", "lm_head": "cpu", on_disk: "disk"}
+    offloaded = GruQatForCausalLM.from_pretrained(tmp_path / "model", device_map=where, offload_folder=tmp_path / "disk")
+    assert torch.equal(run(offloaded, ids()), run(model, ids()))

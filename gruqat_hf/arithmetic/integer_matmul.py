@@ -8,6 +8,9 @@ from torch import Tensor
 #: fp32, and tf32 or bf16 tensor cores with fp32 accumulation, hold every integer up to here (design: exact products).
 EXACT_LIMIT = 1 << 24
 
+#: Wider codes are cut into a high and a low part, ``256 * high + low``, that tensor cores hold exactly.
+_BYTE = 256
+
 
 def integer_matmul(a: Tensor, b: Tensor, largest_product: int) -> Tensor:
     """``a @ b`` for integer-valued fp32 tensors, equal to the exact integer result rounded once to fp32.
@@ -27,3 +30,60 @@ def integer_matmul(a: Tensor, b: Tensor, largest_product: int) -> Tensor:
     for start in range(piece, k, piece):
         total = total + torch.matmul(a[..., start : start + piece], b[..., start : start + piece, :]).double()
     return total.float()
+
+
+class _WideProduct(torch.autograd.Function):
+    """``a @ b`` with codes of more than 8 bits in ``a``; the gradient is that of the float product."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, a: Tensor, b: Tensor, largest_a: int, largest_b: int) -> Tensor:
+        ctx.save_for_backward(a, b)  # type: ignore[attr-defined]
+        return _wide_matmul(a, b, largest_a, largest_b)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        a, b = ctx.saved_tensors  # type: ignore[attr-defined]
+        of_a = grad @ b.mT if ctx.needs_input_grad[0] else None  # type: ignore[attr-defined]
+        of_b = a.mT @ grad if ctx.needs_input_grad[1] else None  # type: ignore[attr-defined]
+        return of_a, of_b, None, None
+
+
+def _wide_matmul(a: Tensor, b: Tensor, largest_a: int, largest_b: int) -> Tensor:
+    if a.device.type == "cpu":
+        # Exact below 2**53, and as fast as two products in fp32.
+        return (a.double() @ b.double()).float()
+    return split_matmul(a, b, largest_a, largest_b)
+
+
+def split_matmul(a: Tensor, b: Tensor, largest_a: int, largest_b: int) -> Tensor:
+    """:func:`wide_integer_matmul` where float64 is slow or missing: ``a`` is cut into parts that tensor cores hold exactly."""
+    high = torch.round(a * (1.0 / _BYTE))
+    low = a - high * _BYTE
+    largest_part = max((largest_a + _BYTE // 2) // _BYTE, _BYTE // 2)
+    if a.shape[-1] * largest_part * largest_b < EXACT_LIMIT:
+        # Both sums are exact, and so is the high one times 256: adding them rounds the exact result, once.
+        return (high @ b).mul_(_BYTE).add_(low @ b)
+    total = a.new_zeros(*a.shape[:-1], b.shape[-1], dtype=torch.float64)
+    piece = max(1, (EXACT_LIMIT - 1) // (largest_part * largest_b))
+    for start in range(0, a.shape[-1], piece):
+        part = slice(start, start + piece)
+        total += (high[..., part] @ b[..., part, :]).double() * _BYTE
+        total += (low[..., part] @ b[..., part, :]).double()
+    return total.float()
+
+
+def wide_integer_matmul(a: Tensor, b: Tensor, largest_a: int, largest_b: int) -> Tensor:
+    """``a @ b`` for integer-valued fp32 tensors, equal to the exact integer result rounded once to fp32.
+
+    As :func:`integer_matmul`, with codes of 16 bits (17 for an affine activation) in ``a``: neither tf32 nor bf16 hold these, nor
+    fp32 sums of their products.
+
+    Args:
+        a: ``[n, k]``; b: ``[k, m]``; integer values.
+        largest_a, largest_b: largest magnitudes of a code in each.
+    """
+    if largest_a <= _BYTE:
+        return integer_matmul(a, b, largest_a * largest_b)
+    if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
+        return _WideProduct.apply(a, b, largest_a, largest_b)
+    return _wide_matmul(a, b, largest_a, largest_b)

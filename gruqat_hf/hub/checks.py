@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..layers.plain_weight import PlainWeight
 from ..layers.weight import StructuredWeight
 from ..quantization import FakeQuantize, FrozenGrid
 
@@ -25,6 +26,12 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+
+
+_NEW_HEAD = (
+    "\nA quantized head has its size for good. For another number of outputs, load and save the model inside "
+    "(AutoModel.from_pretrained(...).save_pretrained(folder)), and load that with a new head"
+)
 
 
 class TensorSpec(NamedTuple):
@@ -73,6 +80,7 @@ def check_names(model: PreTrainedModel, spec: Mapping[str, TensorSpec], found: M
         ValueError: naming the tensors that are missing, extra, misshapen or of another type.
     """
     wanted, given = _body(spec, model.base_model_prefix), _body(found, model.base_model_prefix)
+    resized = False
     problems = [f"missing: {name}" for name in wanted if name not in given]
     problems += [f"extra: {name}" for name in given if name not in wanted]
     for name in wanted.keys() & given.keys():
@@ -84,7 +92,13 @@ def check_names(model: PreTrainedModel, spec: Mapping[str, TensorSpec], found: M
         if any(name.startswith(inside) for name in spec):
             problems += [f"missing: {name}" for name in sorted(heads[0] - heads[1])]
             problems += [f"extra: {name}" for name in sorted(heads[1] - heads[0])]
-    _refuse(problems)
+            # A float head may have another size on purpose (ignore_mismatched_sizes); codes and scales have no other.
+            quantized = {name.partition(".")[0] for name in heads[0] if not name.startswith(inside) and spec[name].exact}
+            for name in sorted(heads[0] & heads[1]):
+                if name.partition(".")[0] in quantized:
+                    problems += _differences(name, spec[name], found[name])
+                    resized = resized or found[name].shape != spec[name].shape
+    _refuse(problems, _NEW_HEAD if resized else "")
 
 
 def check_tensors(model: PreTrainedModel, spec: Mapping[str, TensorSpec]) -> None:
@@ -135,9 +149,10 @@ def _bad_values(module: nn.Module) -> list[str]:
         config, zero_point = module.config, module.zero_point
         if _readable(zero_point) and not bool(((zero_point >= config.qmin) & (zero_point <= config.qmax)).all()):
             problems.append(f"zero_point: outside [{config.qmin}, {config.qmax}]")
-    elif isinstance(module, StructuredWeight) and module.is_frozen:
+    elif isinstance(module, (StructuredWeight, PlainWeight)) and module.is_frozen:
         if all(_readable(buffer) for buffer in module.buffers(recurse=False)):
-            for name, factor in module.operand().factors.items():
+            factors = {"weight": module.factor()} if isinstance(module, PlainWeight) else module.operand().factors
+            for name, factor in factors.items():
                 problems += _bad_scale(f"{name}_scale", factor.scale)
                 if bool((factor.values.to(torch.int16).abs() > factor.qmax).any()):
                     problems.append(f"{name}_codes: a code outside [{-factor.qmax}, {factor.qmax}]")
@@ -158,10 +173,11 @@ def _readable(tensor: Tensor | None) -> bool:
     return tensor is not None and tensor.device.type != "meta"
 
 
-def _refuse(problems: list[str]) -> None:
+def _refuse(problems: list[str], hint: str = "") -> None:
     if problems:
         shown = problems[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])
         raise ValueError(
             "the checkpoint does not fit its config.json; it may be damaged, edited, or of another state or structure:"
             + "".join(f"\n  {problem}" for problem in shown)
+            + hint
         )

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.quantizers.base import HfQuantizer
 
 from ..layers.lifecycle import fake_quantizers
+from ..models.parts import heads_of
 from .checks import TensorSpec, check_names, check_tensors, read_headers, spec_of
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
+    from ..models.linear import WideLinear
     from .quantization_config import GruQatQuantizationConfig
 
 
@@ -32,6 +34,7 @@ class GruQatHfQuantizer(HfQuantizer):
     def __init__(self, quantization_config: GruQatQuantizationConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._spec: dict[str, TensorSpec] = {}
+        self._new_heads: list[WideLinear] = []
         self._state_dict: Mapping[str, Tensor] | None = None
 
     @contextmanager
@@ -67,20 +70,25 @@ class GruQatHfQuantizer(HfQuantizer):
     ) -> PreTrainedModel:
         if not self.pre_quantized:
             return model
-        stack = model.get_stack()
-        stack.prepare_qat(self.quantization_config.recipe)
+        found = read_headers(checkpoint_files) if checkpoint_files else None
+        model.attach_quantizers(self.quantization_config.recipe)
+        self._new_heads = [] if found is None else _new_heads(model, found)
         if self.quantization_config.state == "frozen":
-            stack.freeze()
+            for head in self._new_heads:
+                head.abandon_qat()  # its random weights have to be trained, in float
+            model.freeze_modules()
         self._spec = spec_of(model)
-        if checkpoint_files:
+        if found is not None:
             # Before anything is allocated: a damaged config may ask for any size, and the loader casts what it reads.
-            check_names(model, self._spec, read_headers(checkpoint_files))
+            check_names(model, self._spec, found)
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.pre_quantized:
             for quantizer in fake_quantizers(model):
                 quantizer.forget_calibration_state()
+            for head in self._new_heads:
+                head.renew_quantizer()
             check_tensors(model, self._spec)
             return model
         model.prepare_qat(self.quantization_config)
@@ -104,8 +112,20 @@ class GruQatHfQuantizer(HfQuantizer):
         return model.dequantize(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
 
 
+def _new_heads(model: PreTrainedModel, found: Mapping[str, TensorSpec]) -> list[WideLinear]:
+    """Heads that another class's checkpoint does not have, or not in this size: they start from random weights."""
+    if type(model).__name__ in (model.config.architectures or ()):
+        return []
+    new = []
+    for path, head in heads_of(model).items():
+        held = found.get(f"{path}.weight", found.get(f"{path}.weight_codes"))
+        if held is None or held.shape[:1] != (head.out_features,):
+            new.append(head)
+    return new
+
+
 def _require_calibrated(model: PreTrainedModel) -> None:
-    if points := model.get_stack().uncalibrated():
+    if points := model.uncalibrated():
         raise ValueError(
             f"a float checkpoint cannot be loaded straight to state='frozen' with this recipe: {', '.join(points)} must observe "
             "data first. Load it with state='qat' (or prepare_qat()), then calibrate(loader) and freeze(); or use the preset "

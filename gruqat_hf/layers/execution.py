@@ -163,7 +163,9 @@ class GRUExecution(nn.Module):
         if (plan := self._plan(x)) is not None:
             return plan(x, h0, mask, reverse)
         self._refuse_recomputation()
-        gi = self._with_idle_scales(self._input_product(x, mask))
+        gi = self._input_product(x, mask)
+        if self._state == QuantState.QAT:
+            gi = with_idle_scales(self, gi)
         if h0 is None:
             h0 = gi.new_zeros(x.shape[1], self.hidden_size)
         inputs = ScanInputs(
@@ -197,22 +199,13 @@ class GRUExecution(nn.Module):
                 "checkpoint around the layer, or switch the observers off"
             )
 
-    def _with_idle_scales(self, gi: Tensor) -> Tensor:
-        """``gi``, with a gradient of zero for learned scales that are not in use yet: DDP waits for one of every parameter."""
-        if torch.is_grad_enabled():
-            for module in self.modules():
-                if isinstance(module, FakeQuantize) and not module.is_active:
-                    for scale in module.parameters(recurse=False):
-                        gi = gi + 0.0 * scale.sum()
-        return gi
-
     def _input_product(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """``x`` ``[T, B, I]`` → its product with bias, ``[T, B, 3, H]``."""
         rows = x.flatten(0, 1)
         real = None if mask is None else mask.flatten()
-        grid = None if self.x is None else _grid_for(self.x, rows, real)
+        grid = None if self.x is None else grid_for(self.x, rows, real)
         mid = self.weight_input.mid
-        mid_grid = None if mid is None else lambda value: _grid_for(mid, value, real)
+        mid_grid = None if mid is None else lambda value: grid_for(mid, value, real)
         product = run_product(self._operand(self.weight_input), grid, mid_grid, self._bias(self.bias_input), rows, self.backend)
         return product.unflatten(0, x.shape[:2])
 
@@ -231,6 +224,17 @@ class GRUExecution(nn.Module):
         observe_scan(inputs, states.detach(), watching, tap)
 
 
+def with_idle_scales(module: nn.Module, value: Tensor) -> Tensor:
+    """``value``, with a gradient of zero for learned scales of ``module`` that are not in use yet: DDP waits for one of every
+    parameter."""
+    if torch.is_grad_enabled():
+        for quantizer in module.modules():
+            if isinstance(quantizer, FakeQuantize) and not quantizer.is_active:
+                for scale in quantizer.parameters(recurse=False):
+                    value = value + 0.0 * scale.sum()
+    return value
+
+
 def _fixed_grid(quantizer: FakeQuantize | FrozenGrid | None) -> Grid | None:
     return quantizer.grid() if _rounds(quantizer) else None
 
@@ -239,8 +243,11 @@ def _rounds(quantizer: FakeQuantize | FrozenGrid | None) -> bool:
     return quantizer.is_active if isinstance(quantizer, FakeQuantize) else quantizer is not None
 
 
-def _grid_for(quantizer: FakeQuantize | FrozenGrid, value: Tensor, real: Tensor | None) -> Grid | None:
-    """The grid for a value that is at hand whole, if it is to be rounded; it is observed first, padded rows left out."""
+def grid_for(quantizer: FakeQuantize | FrozenGrid, value: Tensor, real: Tensor | None = None) -> Grid | None:
+    """The grid for a value ``[rows, ...]`` that is at hand whole, if it is to be rounded.
+
+    It is observed first, rows left out that are padding: where ``real`` ``[rows]`` is False.
+    """
     watching = isinstance(quantizer, FakeQuantize) and quantizer.is_watching
     seen = value if real is None or not (watching or quantizer.is_dynamic) else value[real]
     if watching:

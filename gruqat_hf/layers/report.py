@@ -1,4 +1,4 @@
-"""What a GRU is made of: bits, bytes and the path that ran, as a table."""
+"""What a model is made of: bits, bytes and the path that ran, as a table."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..quantization import POINTS
+from .plain_weight import PlainWeight
 from .recurrent import GRUBase
 
 
@@ -40,16 +41,47 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class PartReport:
+    """An embedding or an output layer.
+
+    Attributes:
+        name: path of the module.
+        point: "embedding" or "head".
+        shape: of the weight, ``(rows, row)``.
+        state: "float", "qat" or "frozen".
+        bits: bits of every quantized point, by its name in QuantRecipe.
+        scales: number of the weight's scales; 0 in float.
+        tensor_bytes: bytes of parameters and buffers, those left out that an earlier part holds: of a tied head, its weight.
+        float_bytes: bytes of the same part in fp32.
+    """
+
+    name: str
+    point: str
+    shape: tuple[int, int]
+    state: str
+    bits: dict[str, int]
+    scales: int
+    tensor_bytes: int
+    float_bytes: int
+
+    @property
+    def share(self) -> float:
+        """Bytes as a share of the part in fp32."""
+        return self.tensor_bytes / self.float_bytes
+
+
+@dataclass(frozen=True)
 class Report:
-    """The layers of a model; ``str()`` is a table."""
+    """The layers of a model, its embedding and its head; ``str()`` is a table."""
 
     layers: tuple[LayerReport, ...]
+    parts: tuple[PartReport, ...]
     other_bytes: int
 
     @property
     def tensor_bytes(self) -> int:
         """Bytes of the whole model, embeddings and heads included."""
-        return self.other_bytes + sum(layer.tensor_bytes for layer in self.layers)
+        return self.other_bytes + sum(item.tensor_bytes for item in (*self.layers, *self.parts))
 
     def __str__(self) -> str:
         header = ("layer", "input / hidden", "state", "bits", "bytes", "of dense fp32", "ran on")
@@ -65,17 +97,43 @@ class Report:
             )
             for layer in self.layers
         ]
-        rows.append(("the rest", "", "", "", f"{self.other_bytes:,}", "", ""))
+        for part in self.parts:
+            bits = " ".join(f"{point}:{bits}" for point, bits in part.bits.items()) or "float"
+            scales = f"{part.scales:,} scale{'s' if part.scales != 1 else ''}" if part.scales else ""
+            shape = f"{part.point} {part.shape[0]:,} x {part.shape[1]:,}"
+            rows.append((part.name, shape, part.state, bits, f"{part.tensor_bytes:,}", f"{part.share:.1%}", scales))
+        if self.other_bytes or not self.parts:
+            rows.append(("the rest", "", "", "", f"{self.other_bytes:,}", "", ""))
         widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
         return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in [header, *rows])
 
 
 def report(module: nn.Module) -> Report:
-    """What the GRU layers inside ``module`` are made of."""
+    """What the GRU layers inside ``module``, embeddings and heads are made of."""
     layers = [(name, child) for name, child in module.named_modules() if isinstance(child, GRUBase)]
-    inside = {id(tensor) for _, layer in layers for tensor in _tensors(layer)}
-    other = sum(_bytes(tensor) for tensor in _tensors(module) if id(tensor) not in inside)
-    return Report(tuple(_layer_report(name, layer) for name, layer in layers), other)
+    seen = {id(tensor) for _, layer in layers for tensor in _tensors(layer)}
+    parts = []
+    for name, child in module.named_modules():
+        if isinstance(child, PlainWeight):
+            parts.append(_part_report(name, child, seen))
+            seen.update(id(tensor) for tensor in _tensors(child))
+    other = sum(_bytes(tensor) for tensor in _tensors(module) if id(tensor) not in seen)
+    return Report(tuple(_layer_report(name, layer) for name, layer in layers), tuple(parts), other)
+
+
+def _part_report(name: str, part: PlainWeight, seen: set[int]) -> PartReport:
+    rows, row = part.weight_shape
+    bias = getattr(part, "bias", None)
+    return PartReport(
+        name=name or type(part).__name__,
+        point=part.point,
+        shape=(rows, row),
+        state=str(part.quant_state),
+        bits={point: config.bits for point, config in part.configs.items() if config is not None},
+        scales=part.scale_count,
+        tensor_bytes=sum(_bytes(tensor) for tensor in _tensors(part) if id(tensor) not in seen),
+        float_bytes=4 * (rows * row + (0 if bias is None else bias.numel())),
+    )
 
 
 def _layer_report(name: str, layer: GRUBase) -> LayerReport:

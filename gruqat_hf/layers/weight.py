@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..operands import BlockDiagonalOperand, Factor, MonarchOperand, Operand
-from ..quantization import FakeQuantize, FrozenGrid, QuantizerConfig, ScaleLayout, pack_nibbles, scheme_class, unpack_nibbles
+from ..quantization import FakeQuantize, FrozenGrid, QuantizerConfig, ScaleLayout, scheme_class
 from ..quantization.fp32 import KeepsFloat32
 from ..structures import Structure, StructureConfig, build_structure
-
-
-@dataclass(frozen=True)
-class FrozenFactor:
-    """What a frozen factor's codes are: their last dimension once unpacked, and their grid."""
-
-    row: int
-    bits: int
-    qmax: int
+from .codes import FrozenFactor, drop_codes, store_codes
 
 
 class StructuredWeight(KeepsFloat32, nn.Module):
@@ -112,10 +102,7 @@ class StructuredWeight(KeepsFloat32, nn.Module):
         return operand.replace(factors)
 
     def _frozen_factors(self) -> dict[str, Factor]:
-        stored: dict[str, Tensor] = {}
-        for factor_name, frozen in self._frozen.items():
-            codes = getattr(self, f"{factor_name}_codes")
-            stored[factor_name] = unpack_nibbles(codes, frozen.row) if frozen.bits <= 4 else codes
+        stored = {name: frozen.unpack(getattr(self, f"{name}_codes")) for name, frozen in self._frozen.items()}
         codes = self.structure_class.unpack_codes(stored, self.in_features)
         return {
             factor_name: Factor(codes[factor_name], getattr(self, f"{factor_name}_scale"), frozen.qmax)
@@ -144,12 +131,8 @@ class StructuredWeight(KeepsFloat32, nn.Module):
             self.structure_class = type(self.structure)
             codes = {name: factor.values.to(torch.int8) for name, factor in operand.factors.items()}
             for factor_name, stored in self.structure_class.pack_codes(codes).items():
-                factor = operand.factors[factor_name]
-                config = self.quantizers[factor_name].config
-                self._frozen[factor_name] = FrozenFactor(stored.shape[-1], config.bits, factor.qmax)
-                packed = pack_nibbles(stored) if config.bits <= 4 else stored
-                self.register_buffer(f"{factor_name}_codes", packed.contiguous())
-                self.register_buffer(f"{factor_name}_scale", factor.scale.detach().clone())
+                scale, config = operand.factors[factor_name].scale, self.quantizers[factor_name].config
+                self._frozen[factor_name] = store_codes(self, factor_name, stored, scale, config)
             self.structure = None
             self.quantizers = nn.ModuleDict()
         if isinstance(self.mid, FakeQuantize):
@@ -173,8 +156,7 @@ class StructuredWeight(KeepsFloat32, nn.Module):
                 operand = BlockDiagonalOperand(Factor(operand.to_dense().unsqueeze(1)))
             structure.load_operand(operand)
             for factor_name in self._frozen:
-                delattr(self, f"{factor_name}_codes")
-                delattr(self, f"{factor_name}_scale")
+                drop_codes(self, factor_name)
             self._frozen = {}
             self.structure = structure
             self._operand_type = type(self._float_operand())

@@ -11,7 +11,7 @@ from transformers.utils import can_return_tuple
 from .cache import GruQatCache
 from .configuration_gruqat import GruQatConfig
 from .frames import FrameClassifier, FrameClassifierOutput
-from .linear import WideLinear
+from .linear import WideLinear, run_head
 from .modeling_gruqat import GruQatModel
 from .pretrained import GruQatPreTrainedModel
 
@@ -93,7 +93,7 @@ class GruQatForAudioClassification(AudioInputs, GruQatPreTrainedModel):
             output_hidden_states=output_hidden_states,
             return_dict=True,
         )
-        logits = self.classifier(self.dropout(outputs.pooler_output))
+        logits = run_head(self.classifier, outputs.pooler_output, self.dropout)
         loss = None
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)

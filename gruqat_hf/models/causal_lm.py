@@ -10,10 +10,14 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
+from ..layers import QuantState
+from ..operands import Factor
 from .cache import GruQatCache
 from .configuration_gruqat import GruQatConfig
-from .linear import VocabularyLinear
+from .embedding import QuantizableEmbedding
+from .linear import VocabularyLinear, run_head
 from .modeling_gruqat import GruQatModel
+from .parts import is_tied
 from .pretrained import GruQatPreTrainedModel
 
 
@@ -39,13 +43,32 @@ class GruQatForCausalLM(GruQatPreTrainedModel, GenerationMixin):
         return self.lm_head
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        """Take over the weight (and bias) of ``new_embeddings``; resize_token_embeddings() passes a plain nn.Linear."""
+        """Take over the weight (and bias) of ``new_embeddings``; resize_token_embeddings() passes a plain nn.Linear.
+
+        In QAT the new layer is quantized as the old one was.
+        """
+        old = self.lm_head
         out_features, in_features = new_embeddings.weight.shape
         self.lm_head = VocabularyLinear(in_features, out_features, bias=new_embeddings.bias is not None, device="meta")
         self.lm_head.weight, self.lm_head.bias = new_embeddings.weight, new_embeddings.bias
         self.lm_head.train(self.training)
+        if isinstance(old, VocabularyLinear):
+            self.lm_head.take_quantizers(old)
         # transformers' mark that there is nothing to initialise.
         self.lm_head._is_hf_initialized = getattr(new_embeddings, "_is_hf_initialized", False)
+
+    def _table(self) -> Factor | None:
+        """The quantized weight of the embedding that the output layer is tied to; None where it has one of its own."""
+        embedding = self.model.embed_tokens
+        shares = is_tied(self) and isinstance(embedding, QuantizableEmbedding) and embedding.quant_state != QuantState.FLOAT
+        return embedding(None) if shares else None
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """Which weights transformers keeps the same; none where codes take their place, which the embedding alone holds."""
+        embedding = self.model.embed_tokens
+        if isinstance(embedding, QuantizableEmbedding) and embedding.is_frozen:
+            return {}
+        return super().get_expanded_tied_weights_keys(all_submodels)
 
     @can_return_tuple
     def forward(
@@ -96,7 +119,7 @@ class GruQatForCausalLM(GruQatPreTrainedModel, GenerationMixin):
             return_dict=True,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        logits = run_head(self.lm_head, outputs.last_hidden_state[:, kept], table=self._table())
         loss = None
         if targets is not None:
             loss = self.loss_function(

@@ -12,7 +12,7 @@ from transformers.utils import can_return_tuple
 
 from .cache import GruQatCache
 from .configuration_gruqat import GruQatConfig
-from .linear import WideLinear
+from .linear import WideLinear, run_head
 from .modeling_gruqat import GruQatModel, GruQatModelOutput
 from .pretrained import GruQatPreTrainedModel
 
@@ -38,7 +38,7 @@ class FrameClassifier(GruQatPreTrainedModel):
 
     def classify(self, outputs: GruQatModelOutput, mask: Tensor | None, labels: Tensor | None, **kwargs: Any) -> ModelOutput:
         """Logits ``[B, T, num_labels]`` and, given labels, the loss."""
-        logits = self.classifier(self.dropout(outputs.last_hidden_state))
+        logits = run_head(self.classifier, outputs.last_hidden_state, self.dropout)
         loss = None if labels is None else self._loss(logits, labels, mask, kwargs.get("num_items_in_batch"))
         return FrameClassifierOutput(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states

@@ -12,9 +12,10 @@ from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..layers import GRUStack, QuantState
-from ..layers.lifecycle import require_state, run_calibration
+from ..layers.lifecycle import require_calibrated, require_state, run_calibration
 from ..layers.report import Report, report
 from ..quantization import QuantRecipe
+from .parts import dequantize_parts, freeze_parts, parts_of, prepare_parts, recipe_in_force
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -25,8 +26,8 @@ _METHOD = "gruqat"
 class LifecycleMixin:
     """prepare_qat, calibrate, freeze and dequantize for a model whose :meth:`get_stack` gives its GRU stack.
 
-    Each call changes the stack and then brings the config, and everything that transformers reads off a quantized model, into
-    line with it.
+    Each call changes the stack, the embedding and the head, and then brings the config, and everything that transformers reads
+    off a quantized model, into line with them.
     """
 
     #: Arguments of forward() that calibration passes on from a batch; one that is no mask is needed.
@@ -53,12 +54,27 @@ class LifecycleMixin:
             config: a GruQatQuantizationConfig, a QuantRecipe, a dict of either, or a preset's name.
 
         Raises:
-            ValueError: no such recipe, or one that the layers cannot have.
+            ValueError: no such recipe, or one that the layers, the embedding or the head cannot have; nothing is changed.
             LifecycleError: the model is not in the float state.
         """
-        self.get_stack().prepare_qat(recipe_of(config))
+        self.attach_quantizers(recipe_of(config))
         self.sync_quantization()
         return self
+
+    def attach_quantizers(self, recipe: QuantRecipe) -> None:
+        """The part of :meth:`prepare_qat` that changes modules."""
+        stack = self.get_stack()
+        stack.prepare_qat(recipe)
+        try:
+            prepare_parts(self, recipe)  # type: ignore[arg-type]
+        except ValueError:
+            for layer in stack.flat_layers():
+                layer.abandon_qat()
+            raise
+
+    def uncalibrated(self) -> list[str]:
+        """Names of the quantizers that have no scale yet."""
+        return [*self.get_stack().uncalibrated(), *(name for part in parts_of(self) for name in part.uncalibrated())]  # type: ignore[arg-type]
 
     def calibrate(self, loader: Iterable[Any], n_batches: int | None = None, *, progress: bool = True) -> Self:
         """Observe the ranges of ``n_batches`` batches (None: all) without training on them; returns itself.
@@ -83,11 +99,21 @@ class LifecycleMixin:
         """Replace quantized weights by integers and observers by fixed grids; returns itself.
 
         Raises:
-            LifecycleError: the model is not in the QAT state, or a quantizer has observed nothing yet.
+            LifecycleError: the model is not in the QAT state, or a quantizer has observed nothing yet; nothing is changed.
+            ValueError: a weight with NaN or infinity in it; nothing is changed.
         """
-        self.get_stack().freeze()
+        require_state("freeze", self.quant_state, QuantState.QAT)
+        require_calibrated(self.uncalibrated())
+        for part in parts_of(self):  # type: ignore[arg-type]
+            part.require_finite()
+        self.freeze_modules()
         self.sync_quantization()
         return self
+
+    def freeze_modules(self) -> None:
+        """The part of :meth:`freeze` that changes modules."""
+        self.get_stack().freeze()
+        freeze_parts(self)  # type: ignore[arg-type]
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Self:
         """Make a frozen model a float one with the values its integers stand for; returns itself.
@@ -102,6 +128,7 @@ class LifecycleMixin:
         """
         dtype = self.dtype if dtype is None else dtype  # type: ignore[attr-defined]
         self.get_stack().dequantize()
+        dequantize_parts(self)  # type: ignore[arg-type]
         self.sync_quantization()
         return self.to(dtype)  # type: ignore[attr-defined]
 
@@ -116,8 +143,9 @@ class LifecycleMixin:
             for model in models:
                 _clear_quantization(model)
             return
+        recipe = recipe_in_force(self, stack.recipe)  # type: ignore[arg-type]
         quantizer = AutoHfQuantizer.from_config(
-            {"quant_method": _METHOD, "state": str(stack.quant_state), "recipe": stack.recipe}, pre_quantized=True
+            {"quant_method": _METHOD, "state": str(stack.quant_state), "recipe": recipe}, pre_quantized=True
         )
         for model in models:
             model.hf_quantizer = quantizer

@@ -1,31 +1,153 @@
-"""The linear layer of small heads."""
+"""The linear layer of heads, quantizable."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
+from ..arithmetic.integer_matmul import wide_integer_matmul
+from ..layers.execution import grid_for, with_idle_scales
+from ..layers.lifecycle import QuantState
+from ..layers.plain_weight import PlainWeight
+from ..operands import Factor
+from ..quantization import FakeQuantize, FrozenGrid, Grid, QuantizerConfig, ScaleLayout, scheme_class
 
-class WideLinear(nn.Linear):
-    """torch.nn.Linear whose sums run in float64; the result has the type of the weight.
 
-    A float32 product rounds by its order of summation, which depends on the batch size and the device, while the quantized state
-    it reads does not. In float64 such differences are gone once the result is rounded, so that logits are as reproducible as the
-    state.
+class WideLinear(PlainWeight, nn.Linear):
+    """torch.nn.Linear for a head, whose result does not depend on the device or on what else is in the batch.
+
+    With weight and input quantized it is an exact integer product: ``float(acc) * (s_input * s_weight)``, group terms in
+    ascending order, ``+ bias``, each operation rounded on its own. Otherwise its sums run in float64: a float32 product rounds by
+    its order of summation, which depends on batch size and device, while the quantized state it reads does not. In float64 such
+    differences are gone once the result is rounded. The result has the type of the weight, where anything is quantized fp32.
+
+    Attributes:
+        input: quantizer of what the layer reads, or None.
     """
 
-    def forward(self, input: Tensor) -> Tensor:
-        """``[..., in_features]`` of any float type → ``[..., out_features]``."""
+    point = "head"
+    input: FakeQuantize | FrozenGrid | None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.input = None
+
+    @property
+    def weight_shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
+
+    @property
+    def quant_state(self) -> QuantState:
+        if self.is_frozen or isinstance(self.input, FrozenGrid):
+            return QuantState.FROZEN
+        return QuantState.FLOAT if self.quantizer is None and self.input is None else QuantState.QAT
+
+    @property
+    def configs(self) -> dict[str, QuantizerConfig | None]:
+        return {**super().configs, "head_input": None if self.input is None else self.input.config}
+
+    def prepare_qat(self, weight: QuantizerConfig | None, input: QuantizerConfig | None = None) -> None:
+        """Attach fake-quantizers to the weight and to what it is multiplied with, a GRU's state (of magnitude at most 1).
+
+        Raises:
+            ValueError: a config that its value cannot have.
+        """
+        super().prepare_qat(weight)
+        if input is not None:
+            layout = ScaleLayout.of_activation(input, (self.in_features,))
+            device = None if self.weight is None else self.weight.device
+            quantizer = scheme_class(input.scheme)(input, layout, known_range=1.0, name="head_input", device=device)
+            self.input = quantizer.train(self.training)
+
+    def abandon_qat(self) -> None:
+        super().abandon_qat()
+        self.input = None
+
+    def take_quantizers(self, other: WideLinear) -> None:
+        """Go on as ``other`` did, whose place this layer takes; its weight may have other rows."""
+        self.input, self.quantizers, self.quantizer_config = other.input, other.quantizers, other.quantizer_config
+        self.fit_quantizer()
+
+    def freeze(self) -> None:
+        super().freeze()
+        if isinstance(self.input, FakeQuantize):
+            self.input = FrozenGrid(self.input).train(self.training)
+
+    def dequantize(self) -> None:
+        super().dequantize()
+        self.input = None
+
+    def forward(self, input: Tensor, dropout: nn.Module | None = None, table: Factor | None = None) -> Tensor:
+        """``[..., in_features]`` of any float type → ``[..., out_features]``.
+
+        Args:
+            dropout: applied to the input once it is on its grid: what dropout scales up need not fit the grid.
+            table: the weight ``[out_features, in_features]`` of an embedding that the layer is tied to, in its present state;
+                None for the layer's own.
+        """
+        if table is None and self.quant_state == QuantState.FLOAT:
+            return self._float_product(input if dropout is None else dropout(input), self.weight, self.bias)
+        if not torch.is_autocast_enabled(input.device.type):
+            return self._quantized(input, dropout, table)
+        # Codes are exact in fp32 only; autocast would round sums of products to half precision.
+        with torch.autocast(input.device.type, enabled=False):
+            return self._quantized(input, dropout, table)
+
+    def _quantized(self, input: Tensor, dropout: nn.Module | None, table: Factor | None) -> Tensor:
+        factor = self.factor() if table is None else _at(table, input.device)
+        rows = with_idle_scales(self, input.float()).flatten(0, -2)
+        grid = None if self.input is None else grid_for(self.input, rows)
+        if grid is None or not factor.is_quantized:
+            rows = rows if grid is None else grid.round_trip(rows)
+            rows = rows if dropout is None else dropout(rows)
+            bias = None if self.bias is None else self.bias.float()
+            product = self._float_product(rows, factor.dequantize(), bias)
+        else:
+            codes = grid.codes(rows)
+            product = _integer_product(codes if dropout is None else dropout(codes), grid, factor)
+            product = product if self.bias is None else product + self.bias.float()
+        return product.unflatten(0, input.shape[:-1])
+
+    def _float_product(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if input.device.type == "mps":  # which has no float64
-            return super().forward(input.to(self.weight.dtype))
-        bias = None if self.bias is None else self.bias.double()
-        return nn.functional.linear(input.double(), self.weight.double(), bias).to(self.weight.dtype)
+            return nn.functional.linear(input.to(weight.dtype), weight, bias)
+        bias = None if bias is None else bias.double()
+        return nn.functional.linear(input.double(), weight.double(), bias).to(weight.dtype)
 
 
 class VocabularyLinear(WideLinear):
-    """A :class:`WideLinear` that trains in the type of its weight: over a vocabulary, float64 would cost too much there."""
+    """A :class:`WideLinear` that in float trains in the type of its weight: float64 would cost too much over a vocabulary."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        """``[..., in_features]`` of any float type → ``[..., out_features]``."""
+    def _float_product(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.training:
-            return nn.functional.linear(input.to(self.weight.dtype), self.weight, self.bias)
-        return super().forward(input)
+            return nn.functional.linear(input.to(weight.dtype), weight, bias)
+        return super()._float_product(input, weight, bias)
+
+
+def run_head(head: nn.Module, state: Tensor, dropout: nn.Module | None = None, table: Factor | None = None) -> Tensor:
+    """``head`` of ``state`` ``[..., in_features]``; a module of the user's own in its place gets the state after dropout."""
+    if isinstance(head, WideLinear):
+        return head(state, dropout, table)
+    return head(state if dropout is None else dropout(state))
+
+
+def _integer_product(codes: Tensor, grid: Grid, factor: Factor) -> Tensor:
+    """Codes ``[n, row]`` times a quantized weight ``[rows, row]`` → ``[n, rows]``."""
+    assert factor.scale is not None
+    weight = factor.values.float().T
+    width = codes.shape[-1] // factor.groups
+    total: Tensor | None = None
+    for j in range(factor.groups):
+        part = slice(j * width, (j + 1) * width)
+        exact = wide_integer_matmul(codes[:, part], weight[part], grid.magnitude, factor.qmax)
+        term = exact * (grid.scale * factor.scale[:, j])
+        total = term if total is None else total + term
+    assert total is not None
+    return total
+
+
+def _at(factor: Factor, device: torch.device) -> Factor:
+    scale = None if factor.scale is None else factor.scale.to(device)
+    return Factor(factor.values.to(device), scale, factor.qmax)

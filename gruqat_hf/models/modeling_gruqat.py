@@ -13,7 +13,8 @@ from transformers.utils import can_return_tuple
 from ..layers import GRUStack
 from .cache import GruQatCache, initial_state
 from .configuration_gruqat import GruQatConfig
-from .linear import WideLinear
+from .embedding import QuantizableEmbedding
+from .linear import WideLinear, run_head
 from .pretrained import GruQatPreTrainedModel
 from .torch_gru import config_of, read_gru, write_gru
 
@@ -43,7 +44,7 @@ class GruQatModel(GruQatPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = None
         if config.vocab_size is not None:
-            self.embed_tokens = nn.Embedding(config.vocab_size, config.input_size, config.pad_token_id)
+            self.embed_tokens = QuantizableEmbedding(config.vocab_size, config.input_size, config.pad_token_id)
         self.stack = GRUStack(
             config.input_size,
             config.hidden_size,
@@ -61,7 +62,14 @@ class GruQatModel(GruQatPreTrainedModel):
         return self.embed_tokens
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Put ``value`` in the place of the embedding; in QAT it is quantized as that was."""
+        old = self.embed_tokens
+        if isinstance(old, QuantizableEmbedding) and old.quantizer is not None and type(value) is nn.Embedding:
+            value = QuantizableEmbedding.of(value)
+            value.quantizers, value.quantizer_config = old.quantizers, old.quantizer_config
         self.embed_tokens = value
+        if isinstance(value, QuantizableEmbedding):
+            value.fit_quantizer()
 
     @can_return_tuple
     def forward(
@@ -207,7 +215,7 @@ class GruQatForSequenceClassification(GruQatPreTrainedModel):
             output_hidden_states=output_hidden_states,
             return_dict=True,
         )
-        logits = self.classifier(self.dropout(outputs.pooler_output))
+        logits = run_head(self.classifier, outputs.pooler_output, self.dropout)
         loss = None
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
+from ..layers.lifecycle import LifecycleError
+from ..layers.plain_weight import PlainWeight
 from ..layers.recurrent import GRUBase
 from ..layers.weight import StructuredWeight
 from ..quantization import FakeQuantize, FrozenGrid, Observer
@@ -19,6 +21,7 @@ from ..sharing.saving import SharingMixin
 from ..structures import Structure
 from .configuration_gruqat import GruQatConfig
 from .lifecycle import LifecycleMixin
+from .parts import parts_of
 from .streaming import StreamingMixin
 
 
@@ -53,6 +56,28 @@ class GruQatPreTrainedModel(LifecycleMixin, StreamingMixin, SharingMixin, PreTra
         """Type of the float parameters; scales are fp32 whatever it is."""
         own = (parameter.dtype for parameter in self.parameters() if parameter.is_floating_point())
         return next(own, None) or getattr(self.config, "dtype", None) or torch.float32
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """As :meth:`GruQatModel.set_input_embeddings`, for the model inside."""
+        self.base_model.set_input_embeddings(value)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """Change the number of tokens; see ``transformers.PreTrainedModel.resize_token_embeddings``.
+
+        In QAT the scales of tokens that stay are kept; an optimizer that learns scales has to be made anew, as for the weights.
+
+        Raises:
+            LifecycleError: embedding or output layer are frozen to integers.
+        """
+        if any(part.is_frozen for part in parts_of(self)):
+            raise LifecycleError(
+                "resize_token_embeddings() needs float weights, but embedding or head are frozen to integers; call dequantize(), "
+                "resize, then prepare_qat(recipe), calibrate(loader) and freeze() again"
+            )
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        for part in parts_of(self):
+            part.fit_quantizer()
+        return embeddings
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -113,17 +138,22 @@ def _initial_values(module: nn.Module) -> Mapping[str, Tensor]:
     if isinstance(module, GRUBase):
         return _uniform({"bias_input": module.bias_input, "bias_hidden": module.bias_hidden}, module.hidden_size**-0.5)
     if isinstance(module, nn.Linear):
-        return _uniform({"weight": module.weight, "bias": module.bias}, module.in_features**-0.5)
-    if isinstance(module, nn.Embedding):
+        fresh = _uniform({"weight": module.weight, "bias": module.bias}, module.in_features**-0.5)
+        return {**fresh, **_placeholders(module)}
+    if isinstance(module, nn.Embedding) and module.weight is not None:
         weight = torch.empty_like(module.weight, requires_grad=False).normal_()
         if module.padding_idx is not None:
             weight[module.padding_idx] = 0.0
         return {"weight": weight}
-    if isinstance(module, (StructuredWeight, FrozenGrid)):
-        # Only a damaged checkpoint leaves these unset, and it is refused; until then they must not be garbage.
-        own = module.named_buffers(recurse=False)
-        return {name: torch.ones_like(buffer) if "scale" in name else torch.zeros_like(buffer) for name, buffer in own}
+    if isinstance(module, (StructuredWeight, FrozenGrid, PlainWeight)):
+        return _placeholders(module)
     return {}
+
+
+def _placeholders(module: nn.Module) -> dict[str, Tensor]:
+    """For a frozen module: only a damaged checkpoint leaves its buffers unset, and is refused; until then they are no garbage."""
+    own = module.named_buffers(recurse=False)
+    return {name: torch.ones_like(buffer) if "scale" in name else torch.zeros_like(buffer) for name, buffer in own}
 
 
 def _uniform(parameters: Mapping[str, Tensor | None], bound: float) -> dict[str, Tensor]:

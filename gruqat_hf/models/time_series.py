@@ -11,7 +11,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .cache import GruQatCache
 from .configuration_gruqat import GruQatConfig
-from .linear import WideLinear
+from .linear import WideLinear, run_head
 from .modeling_gruqat import GruQatModel
 from .pretrained import GruQatPreTrainedModel
 
@@ -104,7 +104,8 @@ class GruQatForTimeSeriesPrediction(GruQatPreTrainedModel):
             output_hidden_states=output_hidden_states,
             return_dict=True,
         )
-        forecast = self.forecast(self.dropout(outputs.pooler_output)).unflatten(-1, (self.config.prediction_length, size))
+        forecast = run_head(self.forecast, outputs.pooler_output, self.dropout)
+        forecast = forecast.unflatten(-1, (self.config.prediction_length, size))
         forecast = forecast.squeeze(-1) if single else forecast
         loss = None if future_values is None else self._loss(forecast, future_values, future_observed_mask)
         return GruQatTimeSeriesPredictionOutput(

@@ -1,6 +1,6 @@
 """Grids, observers, fake-quantizers and the recipes that place them."""
 
-from .config import POINTS, QuantizerConfig, QuantRecipe
+from .config import MODEL_POINTS, POINTS, QuantizerConfig, QuantRecipe
 from .fake_quantize import FakeQuantize
 from .frozen import FrozenGrid
 from .granularity import ScaleLayout
@@ -12,6 +12,7 @@ from .presets import PRESETS
 from .schemes import register_scheme, scheme_class
 
 __all__ = [
+    "MODEL_POINTS",
     "POINTS",
     "PRESETS",
     "FakeQuantize",

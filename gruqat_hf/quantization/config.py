@@ -21,6 +21,19 @@ POINTS: dict[str, tuple[str, ...]] = {
     "gates": ("tensor", "gate", "channel"),
 }
 
+#: Quantization points of a model besides its layers; a bare layer or stack has none of them and leaves them alone.
+MODEL_POINTS: dict[str, tuple[str, ...]] = {
+    "embedding": ("tensor", "channel", "group"),
+    "head": ("tensor", "channel", "group"),
+    "head_input": ("tensor",),
+}
+
+#: Points that are weights, there before any data.
+WEIGHT_POINTS = frozenset({"weight_input", "weight_hidden", "embedding", "head"})
+
+#: Points that can have 16 bits: those that no product of a layer sums over.
+WIDE_POINTS = frozenset({"state", "head_input"})
+
 #: Points whose values exist only step by step inside a scan, so that no scale can be taken from the tensor at hand.
 SCAN_POINTS = frozenset({"h", "state", "mid_hidden", "gates"})
 
@@ -34,9 +47,10 @@ class QuantizerConfig:
     """How one value is put on an integer grid (design: ``q = clamp(rint(v / scale) + zero_point, qmin, qmax)``).
 
     Args:
-        bits: 2 to 8; 16 as well for the carried state. Symmetric grids are restricted: ``qmax = 2**(bits-1) - 1 = -qmin``.
-        granularity: what shares a scale: "tensor", "gate", "channel" (an output row of a gate's weight) or "group"
-            (``group_size`` neighbours along the input dimension).
+        bits: 2 to 8; 16 as well for the carried state and a head's input. Symmetric grids are restricted:
+            ``qmax = 2**(bits-1) - 1 = -qmin``.
+        granularity: what shares a scale: "tensor", "gate", "channel" (an output row of a weight; of an embedding, a token) or
+            "group" (``group_size`` neighbours along the input dimension).
         group_size: with "group" only: weights per scale; must divide the operand's row, or exceed it (one group a row).
         symmetric: False adds a zero point (activations only).
         scheme: where the scale comes from: "observed" (an observer), "lsq" (learned step size, Esser et al. 2020), or a scheme
@@ -65,7 +79,9 @@ class QuantizerConfig:
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not (2 <= self.bits <= 8 or self.bits == 16):
-            raise ValueError(f"QuantizerConfig.bits must be 2 to 8, or 16 for the carried state, got {self.bits!r}")
+            raise ValueError(
+                f"QuantizerConfig.bits must be 2 to 8, or 16 for the carried state or a head's input, got {self.bits!r}"
+            )
         if self.granularity not in GRANULARITIES:
             raise ValueError(f"QuantizerConfig.granularity must be one of {', '.join(GRANULARITIES)}, got {self.granularity!r}")
         for name in ("scheme", "observer"):
@@ -136,7 +152,7 @@ class QuantizerConfig:
 
 @dataclass(frozen=True)
 class QuantRecipe:
-    """Which values of a GRU layer are quantized, and how; None leaves a value in float.
+    """Which values of a GRU layer, and of the model around it, are quantized, and how; None leaves a value in float.
 
     Args:
         x: input of the layer, summed over by the input product.
@@ -145,9 +161,14 @@ class QuantRecipe:
         weight_input, weight_hidden: the weights; every factor of a structured weight is quantized by the same rule.
         mid_input, mid_hidden: value between the two factors of a monarch operand; ignored by other operands.
         gates: gate pre-activations.
+        embedding: the embedding of a model with a vocabulary; "channel" is a token's row.
+        head: weight of a model's output layer; its bias stays in float. Where the model ties the output layer to the embedding,
+            both are one table: give the same for both, or only one of them.
+        head_input: what the output layer reads, before dropout.
 
     Products are exact integer products, the same on every device, where both sides are quantized; a product with one side left in
-    float is computed in fp32.
+    float is computed in fp32. So is a head's: its logits are exact with both ``head`` and ``head_input``; with one of them it
+    computes in float, as a float head does.
 
     Raises:
         ValueError: a quantizer that its point cannot have, naming the field.
@@ -161,10 +182,13 @@ class QuantRecipe:
     mid_input: QuantizerConfig | None = None
     mid_hidden: QuantizerConfig | None = None
     gates: QuantizerConfig | None = None
+    embedding: QuantizerConfig | None = None
+    head: QuantizerConfig | None = None
+    head_input: QuantizerConfig | None = None
     name: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        for point, granularities in POINTS.items():
+        for point, granularities in {**POINTS, **MODEL_POINTS}.items():
             config = getattr(self, point)
             if config is None:
                 continue
@@ -175,9 +199,11 @@ class QuantRecipe:
                 raise ValueError(
                     f"QuantRecipe.{point} cannot have granularity {config.granularity!r}; possible: {', '.join(granularities)}"
                 )
-            if config.bits == 16 and point != "state":
-                raise ValueError(f"QuantRecipe.{point} has 16 bits, which only the carried state can have; use 2 to 8")
-            if not config.symmetric and point.startswith("weight"):
+            if config.bits == 16 and point not in WIDE_POINTS:
+                raise ValueError(
+                    f"QuantRecipe.{point} has 16 bits, which only the carried state and a head's input can have; use 2 to 8"
+                )
+            if not config.symmetric and point in WEIGHT_POINTS:
                 raise ValueError(f"QuantRecipe.{point} is affine; weights are symmetric, use symmetric=True")
             if config.observer == "dynamic" and point in SCAN_POINTS:
                 raise ValueError(
@@ -209,10 +235,10 @@ class QuantRecipe:
 
     @property
     def quantizes(self) -> bool:
-        """Whether any value is quantized."""
+        """Whether any value of a layer is quantized."""
         return any(getattr(self, point) is not None for point in POINTS)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types; points left in float are left out."""
-        points = {point: config.to_dict() for point in POINTS if (config := getattr(self, point)) is not None}
+        points = {point: config.to_dict() for point in (*POINTS, *MODEL_POINTS) if (config := getattr(self, point)) is not None}
         return points if self.name is None else {"name": self.name, **points}

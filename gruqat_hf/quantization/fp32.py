@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 
 class KeepsFloat32:
-    """Mixin for a module whose own fp32 tensors define bits: ``.to(dtype)`` moves them to a device but does not round them."""
+    """Mixin for a module whose own fp32 tensors define bits: ``.to(dtype)`` moves them to a device but does not round them.
+
+    Attributes:
+        float32_tensors: names of these tensors; None for all that the module itself owns.
+    """
+
+    float32_tensors: ClassVar[frozenset[str] | None] = None
 
     def _apply(self: Any, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        own = {**self._parameters, **self._buffers}
+        kept_names = self.float32_tensors
+        own = {n: t for n, t in {**self._parameters, **self._buffers}.items() if kept_names is None or n in kept_names}
         before = {name: tensor.detach() for name, tensor in own.items() if tensor is not None and tensor.dtype == torch.float32}
         nn.Module._apply(self, fn, recurse)
         for name, old in before.items():

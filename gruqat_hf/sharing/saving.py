@@ -61,7 +61,7 @@ class SharingMixin:
         if not (is_main_process and folder.is_dir()):
             return
         _drop_stale_weights(folder)
-        _write_card(self, folder, results, f"path/to/{folder.resolve().name}", self.model_tags or [])  # type: ignore[attr-defined]
+        write_card(self, folder, results, f"path/to/{folder.resolve().name}", self.model_tags or [])  # type: ignore[attr-defined]
         if push_to_hub:
             if "max_shard_size" in kwargs:
                 hub["max_shard_size"] = kwargs["max_shard_size"]
@@ -110,7 +110,7 @@ class SharingMixin:
             folder = Path(temporary) / "model"
             self.save_pretrained(folder, results=results, max_shard_size=max_shard_size)
             # Again, for the card names the place to load from.
-            _write_card(self, folder, results, repo_id, [*(self.model_tags or []), *(tags or [])])  # type: ignore[attr-defined]
+            write_card(self, folder, results, repo_id, [*(self.model_tags or []), *(tags or [])])  # type: ignore[attr-defined]
             return publish(
                 folder,
                 repo_id,
@@ -136,13 +136,16 @@ def _drop_stale_weights(folder: Path) -> None:
         stale.unlink()
 
 
-def _write_card(model: Any, folder: Path, results: Results | None, location: str, tags: list[str]) -> None:
+def write_card(
+    model: Any, folder: Path, results: Results | None, location: str, tags: list[str], license: str | None = None
+) -> None:
+    """Write the card, and what it shows, unless the folder has one that a person wrote; see :func:`model_card`."""
     path = folder / CARD
     if path.exists() and not is_generated(path.read_text(encoding="utf-8", errors="replace")):
         return
     weights = [file for file in folder.glob("model*.safetensors") if file.is_file()]
     size = sum(file.stat().st_size for file in weights) or None
-    card = model_card(model, results, location=location, weight_bytes=size, tags=tags)
+    card = model_card(model, results, location=location, weight_bytes=size, tags=tags, license=license)
     path.write_text(f"{card}\n", encoding="utf-8")
     if results is not None:
         copy_results(results.completed(model, location.rpartition("/")[2]), folder)
