@@ -3,11 +3,16 @@
     python scripts/train_qat.py --output_dir outputs/digits                                     # handwritten digits
     python scripts/train_qat.py --task byte-lm --structure blockdiag --output_dir outputs/lm    # next byte of a manual
     python scripts/train_qat.py --task folder --dataset my_texts --output_dir outputs/texts     # csv, json, parquet or text files
-    torchrun --nproc_per_node 2 scripts/train_qat.py --output_dir outputs/digits                # or: accelerate launch
+    torchrun --nproc_per_node 2 scripts/train_qat.py --output_dir outputs/digits                # two GPUs
+    accelerate launch --multi_gpu --num_processes 2 scripts/train_qat.py --output_dir outputs/digits
+
+Either starts two processes without GPUs too, with --use_cpu after the script's name. (accelerate's own --cpu starts one, however
+many --num_processes says: it leaves more to mpirun.)
 
 A run that was killed, at any moment, is taken up by the same command, and ends with the same weights. All arguments of
 transformers.TrainingArguments can be given as well (num_train_epochs and max_steps are those of the float training). It leaves in
-the output folder: float/model, qat/model, the integer model in frozen/, results.json for its model card, and a plot.
+the output folder: float/model, qat/model, the integer model in frozen/, results.json for its model card, and a plot. With
+--push_to_hub the integer model goes to the Hub, once it is measured.
 """
 
 from __future__ import annotations
@@ -105,7 +110,7 @@ class Run:
     def trainer(self, model: PreTrainedModel, stage: str, callbacks: list[Any] | None = None, **changes: Any) -> QATTrainer:
         """A trainer that leaves its checkpoints in the stage's folder."""
         args = copy.copy(self.training)
-        for name, value in {"output_dir": str(self.out / stage), **changes}.items():
+        for name, value in {"output_dir": str(self.out / stage), "push_to_hub": False, **changes}.items():
             setattr(args, name, value)
         return QATTrainer(
             model=model,
@@ -205,7 +210,19 @@ class Run:
         results = self.results(model, logits, float_model, target)
         _write(path, json.dumps(results, indent=1) + "\n")
         model.save_pretrained(target, results=path)  # once more, for the numbers in its card
+        if self.training.push_to_hub:
+            self.publish(model, path)
         return results
+
+    def publish(self, model: PreTrainedModel, results: Path) -> None:
+        training = self.training
+        model.push_to_hub(
+            training.hub_model_id or self.out.resolve().name,
+            results=results,
+            token=training.hub_token,
+            private=training.hub_private_repo,
+            revision=training.hub_revision,
+        )
 
     def batches(self, rows: Any, size: int) -> DataLoader:
         return DataLoader(rows, batch_size=size, collate_fn=self.task.collate)

@@ -81,16 +81,24 @@ def test_fsdp2_refuses_learned_scales_that_have_seen_nothing(ran):
 
 
 @pytest.mark.slow
-def test_the_script_under_torchrun(tmp_path):
-    """Through transformers' Trainer and accelerate, started as a user does."""
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["torch.distributed.run", "--standalone", "--nproc_per_node", str(WORLD)],
+        # --multi_gpu is what makes it start processes: with its --cpu, --num_processes only tells mpirun how many.
+        ["accelerate.commands.launch", "--multi_gpu", "--num_processes", str(WORLD), "--main_process_port", "0"],
+    ],
+    ids=["torchrun", "accelerate launch"],
+)
+def test_the_script_under(tmp_path, launcher):
+    """Through transformers' Trainer and accelerate, started as a user does; --use_cpu makes it gloo."""
     pytest.importorskip("sklearn")
     arguments = (
         "--use_cpu --disable_tqdm true --hidden_size 16 --max_steps 6 --qat_max_steps 5 --save_steps 4 --calibration_batches 2"
     )
     script = WORKER.parent.parent / "scripts" / "train_qat.py"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(WORLD)]
     done = subprocess.run(
-        [*launch, str(script), "--output_dir", str(tmp_path), *arguments.split()],
+        [sys.executable, "-m", *launcher, str(script), "--output_dir", str(tmp_path), *arguments.split()],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(script.parent.parent), *sys.path])},
         capture_output=True,
         text=True,

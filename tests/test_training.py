@@ -11,12 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from model_helpers import KINDS, features, in_state, small_model
 from safetensors.torch import load_file
-from training_helpers import LEARNED, qat, trainer_of
-from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback
+from training_helpers import LEARNED, qat, rows, trainer_of
+from transformers import AutoModelForSequenceClassification, EarlyStoppingCallback, Trainer, TrainerCallback
 
 from gruqat_hf import QuantizerConfig, QuantRecipe
 from gruqat_hf.layers import GRULayer, LifecycleError
@@ -115,6 +116,10 @@ class TestSchedule:
             ({"fake_quant_from": 1.5}, "a share of them"),
             ({"observe_until": 0}, "observe_until must be a number of steps from 1"),
             ({"observe_until": True}, "observe_until"),
+            ({"observe_until": float("nan")}, "observe_until"),
+            ({"observe_until": 1.0}, "observe_until must be a number of steps from 1, or a share of them"),
+            ({"fake_quant_from": "half"}, "fake_quant_from"),
+            ({"fake_quant_from": None}, "fake_quant_from"),
             ({"log_quantizers": "some"}, "'each', 'total' or 'none'"),
         ],
     )
@@ -125,10 +130,58 @@ class TestSchedule:
     def test_refuses_what_it_cannot_train(self, tmp_path):
         with pytest.raises(ValueError, match=r"a model in the float state; call model.prepare_qat\(recipe\) first"):
             trainer_of(small_model(), tmp_path, [QATCallback()]).train()
+        trainer = trainer_of(qat(), tmp_path, [QATCallback()], max_steps=1)
+        trainer.train()
+        with pytest.raises(ValueError, match="in the frozen state, whose weights are integers; load"):
+            trainer.train()
+        with pytest.raises(ValueError, match="QATTrainer cannot train a model in the frozen state"):
+            trainer_of(trainer.model, tmp_path)
         trainer = trainer_of(qat(), tmp_path)
         trainer.args._n_gpu = 2
         with pytest.raises(ValueError, match="sees 2 GPUs.*torchrun"):
             QATCallback().on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
+
+    def test_takes_numbers_of_numpy(self):
+        callback = QATCallback(fake_quant_from=np.int64(2), observe_until=np.float32(0.5))
+        assert json.loads(json.dumps(callback.state()))["args"] == {
+            "fake_quant_from": 2,
+            "observe_until": 0.5,
+            "freeze_at_end": True,
+            "log_quantizers": "each",
+        }
+
+    def test_says_so_where_rounding_never_begins(self, tmp_path, caplog):
+        trainer_of(qat(), tmp_path, [QATCallback(fake_quant_from=8)]).train()
+        assert "rounding would begin after step 8, but the training ends after step 8" in caplog.text
+        caplog.clear()
+        trainer_of(qat(), tmp_path, [QATCallback(fake_quant_from=7)]).train()
+        assert not caplog.text
+
+    def test_counts_optimizer_steps(self, tmp_path):
+        """Of epochs with accumulated batches: 4 batches, 2 to a step."""
+        watch = Watch()
+        callback = QATCallback(fake_quant_from=0.5, observe_until=4)
+        settings = {"max_steps": -1, "num_train_epochs": 3, "gradient_accumulation_steps": 2}
+        trainer_of(qat(), tmp_path, [callback, watch], **settings).train()
+        assert watch.switches == [(step < 4, step >= 3) for step in range(6)]
+        assert watch.counts == [2, 4, 6, 8, 8, 8]
+
+    @pytest.mark.parametrize(
+        "phase", [{}, {"observe_until": 1}, {"fake_quant_from": 7}], ids=["", "observers off", "no rounding"]
+    )
+    def test_evaluating_in_between_changes_nothing(self, tmp_path, phase):
+        weights = []
+        for strategy in ("no", "steps"):
+            model = qat(LEARNED)
+            callback = QATCallback(freeze_at_end=False, **phase)
+            trainer_of(model, tmp_path, [callback], eval_strategy=strategy, eval_steps=2 if strategy == "steps" else None).train()
+            weights.append(model.state_dict())
+        assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+    def test_of_two_one_freezes(self, tmp_path):
+        trainer = trainer_of(qat(), tmp_path, [QATCallback(), QATCallback()], max_steps=1)
+        trainer.train()
+        assert trainer.model.quant_state == "frozen"
 
     def test_freezing_is_refused_where_nothing_was_observed(self, tmp_path):
         trainer = trainer_of(qat(), tmp_path, [QATCallback()], max_steps=1)
@@ -146,7 +199,8 @@ class TestLogs:
         assert [entry["step"] for entry in logged] == [2, 4, 6, 8]
         places = {key.split("/")[1] for key in logged[0] if key.count("/") == 2}
         points = ["weight_input.blocks", "weight_hidden.blocks", "x", "h", "state"]
-        assert places == {f"layers.{layer}.0.{point}" for layer in (0, 1) for point in points}
+        layers = {f"layers.{layer}.0.{point}" for layer in (0, 1) for point in points}
+        assert places == layers | {"classifier.weight", "classifier.input"}
         assert all(0.0 <= entry["qat/saturation"] < 0.1 for entry in logged)
         assert logged[0]["qat/layers.0.0.h/range"] == pytest.approx(1.0)
         assert "qat/saturation" not in trainer.state.log_history[-1]
@@ -168,6 +222,33 @@ class TestLogs:
         trainer = trainer_of(qat(), tmp_path, [QATCallback()], max_steps=-1, num_train_epochs=2, logging_strategy="epoch")
         trainer.train()
         assert ["qat/saturation" in entry for entry in trainer.state.log_history if "loss" in entry] == [True, True]
+
+    def test_of_data_without_a_length(self, tmp_path):
+        """Nobody knows which step is the last of an epoch, but the last of all."""
+
+        class Stream(torch.utils.data.IterableDataset):
+            def __iter__(self):
+                yield from rows()
+
+        trainer = trainer_of(qat(), tmp_path, [QATCallback()], logging_strategy="epoch")
+        trainer.train_dataset = Stream()
+        trainer.train()
+        assert ["qat/saturation" in entry for entry in trainer.state.log_history if "loss" in entry] == [False, True]
+
+    def test_a_meter_that_an_interrupted_training_left_is_not_read(self, tmp_path):
+        class Interrupt(TrainerCallback):
+            def on_step_begin(self, args, state, control, **kwargs):
+                raise KeyboardInterrupt
+
+        trainer = trainer_of(qat(), tmp_path, [QATCallback(), Interrupt()], logging_first_step=True)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+        assert any(quantizer.meter for quantizer in fake_quantizers(trainer.model))
+        trainer.remove_callback(Interrupt)
+        begin = trainer.callback_handler.on_train_begin
+        trainer.state.max_steps = 8
+        begin(trainer.args, trainer.state, trainer.control)
+        assert not any(quantizer.meter for quantizer in fake_quantizers(trainer.model))
 
     def test_reach_loggers_that_come_earlier(self, tmp_path):
         seen = []
@@ -238,7 +319,7 @@ SAVING = {"save_strategy": "steps", "save_steps": 3, "max_steps": 9}
 
 class TestResume:
     def run(
-        self, out: Path, resume: bool = False, stop: int | None = None, cls: type = QATTrainer, **settings: Any
+        self, out: Path, resume: bool | str = False, stop: int | None = None, cls: type = QATTrainer, **settings: Any
     ) -> dict[str, torch.Tensor]:
         class Stop(TrainerCallback):
             def on_step_end(self, args, state, control, **kwargs):
@@ -266,8 +347,38 @@ class TestResume:
         state = tmp_path / "parts" / "checkpoint-6" / "trainer_state.json"
         state.write_text(state.read_text()[:100])
         assert last_complete_checkpoint(tmp_path / "parts") == str(tmp_path / "parts" / "checkpoint-3")
+        with pytest.raises(ValueError, match="checkpoint-6 holds no whole trainer_state.json"):
+            self.run(tmp_path / "parts", resume=str(tmp_path / "parts" / "checkpoint-6"))
         resumed = self.run(tmp_path / "parts", resume=True)
         assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+
+    def test_with_another_schedule_says_so(self, tmp_path, caplog):
+        def run(resume: bool, until: int, **settings: Any) -> Any:
+            callback = QATCallback(observe_until=until, freeze_at_end=False)
+            trainer = trainer_of(qat(), tmp_path, [callback], **{**SAVING, **settings})
+            trainer.train(resume_from_checkpoint=resume)
+            return next(one for one in trainer.callback_handler.callbacks if isinstance(one, QATCallback))
+
+        run(False, 7)
+        run(True, 7, max_steps=10)
+        assert "another schedule" not in caplog.text
+        run(True, 8, max_steps=11)
+        assert "step 10: the training goes on with another schedule than it began with (observe_until: 7, now 8)" in caplog.text
+        assert run(True, 5, max_steps=12, restore_callback_states_from_checkpoint=True).observe_until == 8
+
+    def test_of_a_run_without_the_callback(self, tmp_path):
+        trainer_of(qat(), tmp_path, **SAVING).train()
+        trainer = trainer_of(qat(), tmp_path, [QATCallback()], **{**SAVING, "max_steps": 12})
+        trainer.train(resume_from_checkpoint=True)
+        assert trainer.model.quant_state == "frozen" and last_complete_checkpoint(tmp_path).endswith("-12")
+
+    def test_of_another_model_is_refused(self, tmp_path):
+        trainer_of(small_model(), tmp_path / "float", **SAVING).train()
+        with pytest.raises(ValueError, match="checkpoint-9 is of a model in the float state, this one is in the qat state"):
+            self.run(tmp_path / "float", resume=True)
+        self.run(tmp_path / "qat")
+        with pytest.raises(ValueError, match="another recipe"):
+            trainer_of(qat(), tmp_path / "qat").train(resume_from_checkpoint=True)
 
     def test_needs_a_complete_checkpoint(self, tmp_path):
         assert last_complete_checkpoint(tmp_path / "nonesuch") is None
@@ -283,6 +394,19 @@ class TestResume:
         best = AutoModelForSequenceClassification.from_pretrained(trainer.state.best_model_checkpoint)
         x = features()
         assert torch.equal(best.freeze()(inputs_embeds=x).logits, trainer.model.eval()(inputs_embeds=x).logits)
+
+    def test_stopped_early_with_one_checkpoint_kept(self, tmp_path):
+        settings = {"eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": True, "save_total_limit": 1}
+        settings |= {"metric_for_best_model": "score", "greater_is_better": True, "max_steps": 30}
+        trainer = trainer_of(qat(), tmp_path, [QATCallback(), EarlyStoppingCallback(1)], **{**SAVING, **settings})
+        scores = iter((2.0, 1.0))
+        trainer.compute_metrics = lambda prediction: {"score": next(scores)}
+        trainer.train()
+        assert trainer.state.global_step == 6 and trainer.model.quant_state == "frozen"
+        assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+        best = AutoModelForSequenceClassification.from_pretrained(tmp_path / "checkpoint-3").freeze()
+        x = features()
+        assert torch.equal(best(inputs_embeds=x).logits, trainer.model.eval()(inputs_embeds=x).logits)
 
 
 SCRIPT = (

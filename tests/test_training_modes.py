@@ -101,6 +101,15 @@ class TestPrecision:
         assert losses[-1] < 0.8 * losses[0]
         assert {tensor.dtype for tensor in model.parameters()} == {torch.float32}
 
+    @pytest.mark.parametrize("setting", ["bf16", "bf16_full_eval"])
+    def test_frozen_at_the_end_it_evaluates(self, tmp_path, setting):
+        trainer = trainer_of(qat(LEARNED), tmp_path, [QATCallback()], eval_strategy="steps", eval_steps=4, **{setting: True})
+        trainer.train()
+        last = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry][-1]
+        assert trainer.model.quant_state == "frozen"
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(last, rel=1e-3)
+        assert {value.dtype for name, value in trainer.model.named_buffers() if name.endswith("scale")} == {torch.float32}
+
     def test_autocast_changes_no_bit_of_the_quantized_layers(self):
         model = in_state(small_model(head=False), "qat")
         expected = model(inputs_embeds=features()).last_hidden_state
@@ -233,6 +242,7 @@ class TestCompiled:
             settings = {"torch_compile": on, "max_steps": 5} | ({"torch_compile_backend": "aot_eager"} if on else {})
             trainer = trainer_of(model, tmp_path, [QATCallback(fake_quant_from=2, observe_until=4)], **settings)
             trainer.train()
+            assert trainer.evaluate()["eval_loss"] > 0  # of the frozen model
             weights.append(trainer.model.state_dict())
         assert weights[0].keys() == weights[1].keys()
         for name, one in weights[0].items():

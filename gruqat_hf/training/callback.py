@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sized
+import numbers
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import IntervalStrategy
 
 from ..layers import QuantState
@@ -20,11 +21,11 @@ from .sharding import is_sharded
 logger = logging.getLogger("gruqat_hf")
 
 
-class QATCallback(TrainerCallback):
+class QATCallback(TrainerCallback, ExportableState):
     """Switches observers and rounding on and off while a model in the QAT state trains, logs metrics, and freezes it at the end.
 
-    What is switched depends on the number of steps done alone, so that a resumed training goes on exactly where it was.
-    Evaluation always rounds, as the frozen model will.
+    What is switched depends on the number of steps done alone, so that a resumed training goes on exactly where it was; one that
+    is resumed with another schedule says so. Evaluation always rounds, as the frozen model will.
 
     Args:
         fake_quant_from: optimizer steps done before values are rounded in training; until then the layers compute in float while
@@ -47,9 +48,9 @@ class QATCallback(TrainerCallback):
         freeze_at_end: bool = True,
         log_quantizers: str = "each",
     ) -> None:
-        _check_step("fake_quant_from", fake_quant_from, 0)
+        fake_quant_from = _step("fake_quant_from", fake_quant_from, 0)
         if observe_until is not None:
-            _check_step("observe_until", observe_until, 1)
+            observe_until = _step("observe_until", observe_until, 1)
         if log_quantizers not in ("each", "total", "none"):
             raise ValueError(f"QATCallback.log_quantizers must be 'each', 'total' or 'none', got {log_quantizers!r}")
         self.fake_quant_from, self.observe_until = fake_quant_from, observe_until
@@ -57,6 +58,11 @@ class QATCallback(TrainerCallback):
         self._quantizers: list[FakeQuantize] = []
         self._switches: tuple[bool, bool] | None = None
         self._metrics: dict[str, float] = {}
+
+    def state(self) -> dict[str, Any]:
+        """What Trainer keeps in a checkpoint, and restores with ``restore_callback_states_from_checkpoint=True``."""
+        names = ("fake_quant_from", "observe_until", "freeze_at_end", "log_quantizers")
+        return {"args": {name: getattr(self, name) for name in names}, "attributes": {}}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -67,6 +73,11 @@ class QATCallback(TrainerCallback):
             ValueError: a model that is not in QAT, several GPUs in one process, or freezing of a sharded model.
         """
         present = getattr(model, "quant_state", None)
+        if present == QuantState.FROZEN:
+            raise ValueError(
+                "QATCallback trains a model in the qat state, got one in the frozen state, whose weights are integers; load the "
+                "checkpoint it was frozen from, or call model.dequantize().prepare_qat(recipe)"
+            )
         if present != QuantState.QAT:
             what = f"a model in the {present} state" if present is not None else type(model).__name__
             raise ValueError(f"QATCallback trains a model in the qat state, got {what}; call model.prepare_qat(recipe) first")
@@ -80,7 +91,15 @@ class QATCallback(TrainerCallback):
                 "QATCallback(freeze_at_end=True): the weights are spread over the ranks and cannot be turned into integers; pass "
                 "freeze_at_end=False, save_model(), and call from_pretrained(...).freeze() in one process"
             )
+        if (rounds_from := _in_steps(self.fake_quant_from, state.max_steps)) >= state.max_steps:
+            logger.warning(
+                "QATCallback: rounding would begin after step %d, but the training ends after step %d, and never rounds",
+                rounds_from,
+                state.max_steps,
+            )
+        self._tell_of_another_schedule(state)
         self._quantizers = list(fake_quantizers(model))
+        self._remove_meters()
         self._switches = None
         self._metrics = {}
         self._switch(state)
@@ -119,7 +138,7 @@ class QATCallback(TrainerCallback):
             quantizer.observer_enabled = quantizer.fake_quant_enabled = True
         self._remove_meters()
         self._quantizers = []
-        if self.freeze_at_end:
+        if self.freeze_at_end and model.quant_state == QuantState.QAT:  # another callback may have done it
             model.freeze()
             logger.info("step %d: the model is frozen to integers", state.global_step)
 
@@ -135,16 +154,30 @@ class QATCallback(TrainerCallback):
             quantizer.observer_enabled, quantizer.fake_quant_enabled = observes, rounds
         logger.info("step %d: observers %s, rounding %s", done, "on" if observes else "off", "on" if rounds else "off")
 
+    def _tell_of_another_schedule(self, state: TrainerState) -> None:
+        """Warn where a checkpoint was trained by other settings than those that go on."""
+        name, present = type(self).__name__, self.state()
+        saved = state.stateful_callbacks.get(name)
+        if saved is None or isinstance(saved, dict):
+            # Also where there was none: Trainer keeps the states of those callbacks only that have one here.
+            state.stateful_callbacks[name] = present
+        before = saved.get("args", {}) if isinstance(saved, dict) else {}
+        changed = [key for key in ("fake_quant_from", "observe_until") if key in before and before[key] != present["args"][key]]
+        if changed and state.global_step > 0:
+            what = "; ".join(f"{key}: {before[key]!r}, now {present['args'][key]!r}" for key in changed)
+            logger.warning("step %d: the training goes on with another schedule than it began with (%s)", state.global_step, what)
+
     def _remove_meters(self) -> None:
         for quantizer in self._quantizers:
             quantizer.meter = None
 
 
-def _check_step(name: str, value: int | float, least: int) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not (value >= least if isinstance(value, int) else 0.0 < value < 1.0):
+def _step(name: str, value: Any, least: int) -> int | float:
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not number or not (value >= least if isinstance(value, numbers.Integral) else 0.0 < value < 1.0):
         what = f"a number of steps from {least}, or a share of them in (0, 1)"
         raise ValueError(f"QATCallback.{name} must be {what}, got {value!r}")
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 def _in_steps(value: int | float, total: int) -> int:
@@ -158,6 +191,16 @@ def _will_log(args: TrainingArguments, state: TrainerState, loader: Any) -> bool
         return True
     if args.logging_strategy == IntervalStrategy.STEPS:
         return step % state.logging_steps == 0
-    if args.logging_strategy == IntervalStrategy.EPOCH and isinstance(loader, Sized):
-        return step == state.max_steps or step % max(1, math.ceil(len(loader) / args.gradient_accumulation_steps)) == 0
+    if args.logging_strategy == IntervalStrategy.EPOCH:
+        batches = _length(loader)
+        per_epoch = None if batches is None else max(1, math.ceil(batches / args.gradient_accumulation_steps))
+        return step == state.max_steps or (per_epoch is not None and step % per_epoch == 0)
     return False
+
+
+def _length(loader: Any) -> int | None:
+    """Batches in an epoch; None where nobody knows. (A DataLoader has ``__len__`` also where its data set has none.)"""
+    try:
+        return len(loader)
+    except TypeError:
+        return None

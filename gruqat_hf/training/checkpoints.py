@@ -28,6 +28,11 @@ def last_complete_checkpoint(folder: str | Path) -> str | None:
     return None
 
 
+def is_complete(checkpoint: str | Path) -> bool:
+    """Whether ``checkpoint`` was written to its end."""
+    return _written_steps(Path(checkpoint)) is not None
+
+
 def _written_steps(checkpoint: Path) -> int | None:
     try:
         return int(json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"])

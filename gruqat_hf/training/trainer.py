@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import CONFIG_NAME
 
+from ..layers import QuantState
+from ..quantization import QuantRecipe
 from .callback import QATCallback
-from .checkpoints import last_complete_checkpoint
+from .checkpoints import is_complete, last_complete_checkpoint
 from .parameter_groups import learned_scales, separate_scales
+from .publishing import PublishingMixin
 
 
-class QATTrainer(Trainer):
+class QATTrainer(PublishingMixin, Trainer):
     """A Trainer that gives learned scales an optimizer group of their own, resumes only from checkpoints that were written to
-    their end, and shows the metrics of a :class:`QATCallback` to every logger.
+    their end, shows the metrics of a :class:`QATCallback` to every logger, and uploads checkpoints that load, with a real card.
 
-    All else is Trainer's; a plain Trainer with a QATCallback trains QAT as well.
+    All else is Trainer's; a plain Trainer with a QATCallback trains QAT as well. (Publish what it trained with
+    ``model.push_to_hub()``: its own ``push_to_hub()`` replaces the model card.)
 
     Args:
         args, kwargs: Trainer's.
@@ -29,6 +37,12 @@ class QATTrainer(Trainer):
         if scale_learning_rate is not None and not scale_learning_rate > 0:
             raise ValueError(f"QATTrainer.scale_learning_rate must be positive, got {scale_learning_rate!r}")
         self.scale_learning_rate = scale_learning_rate
+        model = args[0] if args else kwargs.get("model")
+        if getattr(model, "quant_state", None) == QuantState.FROZEN:  # transformers would recommend adapters
+            raise ValueError(
+                "QATTrainer cannot train a model in the frozen state, whose weights are integers; load the checkpoint that it "
+                "was frozen from, or call model.dequantize().prepare_qat(recipe)"
+            )
         super().__init__(*args, **kwargs)
         self._qat_callback_first()
 
@@ -56,7 +70,8 @@ class QATTrainer(Trainer):
         written is passed over.
 
         Raises:
-            ValueError: ``resume_from_checkpoint=True`` and no checkpoint is complete.
+            ValueError: ``resume_from_checkpoint=True`` and no checkpoint is complete; a checkpoint that is not; or one of a model
+                in another state or of another recipe.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
@@ -64,4 +79,29 @@ class QATTrainer(Trainer):
                 raise ValueError(
                     f"resume_from_checkpoint=True: no complete checkpoint in {self.args.output_dir}; call train() to start anew"
                 )
+        elif resume_from_checkpoint and not is_complete(resume_from_checkpoint):
+            raise ValueError(
+                f"resume_from_checkpoint: {resume_from_checkpoint} holds no whole {TRAINER_STATE_NAME}, and the training would "
+                "begin anew with its weights; pass a complete checkpoint, or load the model from there and call train()"
+            )
+        if resume_from_checkpoint:
+            self._refuse_other_model(Path(resume_from_checkpoint))
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _refuse_other_model(self, checkpoint: Path) -> None:
+        """Trainer loads what has the same name, and goes on with whatever the rest happens to be."""
+        config = getattr(self.model, "config", None)
+        if not hasattr(self.model, "quant_state") or not (checkpoint / CONFIG_NAME).is_file():
+            return
+        quantization = json.loads((checkpoint / CONFIG_NAME).read_text(encoding="utf-8")).get("quantization_config") or {}
+        saved, present = quantization.get("state", "float"), str(self.model.quant_state)
+        if saved != present:
+            raise ValueError(
+                f"resume_from_checkpoint: {checkpoint} is of a model in the {saved} state, this one is in the {present} state; "
+                "load the model from there instead, and give each training an output_dir of its own"
+            )
+        if quantization and QuantRecipe.of(quantization["recipe"]) != config.quantization_config.recipe:
+            raise ValueError(
+                f"resume_from_checkpoint: {checkpoint} was trained with another recipe than this model's; resume with the recipe "
+                f"that its {CONFIG_NAME} holds, or begin a new training"
+            )
