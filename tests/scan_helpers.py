@@ -101,6 +101,7 @@ def check(
     precision: str = "highest",
     states_within: float = 2e-5,
     gradients_within: float = 1e-3,
+    backend: str = "triton",
 ) -> None:
     """Outputs, last state and every gradient by the kernels are those of the reference; quantized, states bit for bit. Of a float
     layer the scan is judged, see :func:`scan_gradients`.
@@ -117,8 +118,8 @@ def check(
         with matmul_precision("highest"):
             out, last, wanted = gradients(layer, "reference", x, h0, mask)
     with matmul_precision(precision):
-        found_out, found_last, found = gradients(layer, "triton", x, h0, mask)
-        assert layer.last_path.startswith("triton")
+        found_out, found_last, found = gradients(layer, backend, x, h0, mask)
+        assert layer.last_path.startswith(backend)
         with torch.no_grad():
             planned_out, planned_last = layer(x, h0, mask)
     for states, reference in ((found_out, out), (found_last, last), (planned_out, out), (planned_last, last)):

@@ -44,7 +44,7 @@ def test_1024_steps_are_those_of_the_cpu(name):
 @pytest.mark.parametrize("name", ["diagonal", "blockdiag8", "monarch8", "dense"])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes_with_states_beyond_their_grids(name, recipe):
-    """In "highest": sums of a learned scale's gradient cancel so far that what half-precision gates lose shows."""
+    """In "highest": sums of a learned scale's gradient cancel so far that what tf32 products and short gates lose shows."""
     check(clip(build(REAL[name], RECIPES[recipe], 256, 64, CUDA)), 20, 9, masked=True)
 
 

@@ -59,6 +59,13 @@ def is_integer(factor: Factor, grid: Grid | None) -> bool:
     return factor.is_quantized and grid is not None
 
 
+def sums_floats(operand: Operand, grids: ScanGrids, quantized: bool) -> bool:
+    """Whether a quantized scan has a product over values of which one side was left in float: its sums are fp32, in any order."""
+    if not quantized or isinstance(operand, DiagonalOperand):
+        return False
+    return not all(is_integer(factor, grid) for factor, grid in zip(operand.factors.values(), (grids.h, grids.mid)))
+
+
 def pack_grid(grid: Grid | None) -> Tensor | None:
     """A grid as ``[4, n]``: scale, inv_scale, low, high; differentiable in the first two."""
     if grid is None:

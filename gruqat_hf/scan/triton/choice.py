@@ -9,7 +9,6 @@ import torch
 
 from ...operands import BlockDiagonalOperand, DiagonalOperand, MonarchOperand
 from ..inputs import ScanInputs
-from ..spec import is_integer
 from . import block_diagonal, dense, diagonal, monarch
 from .device import DeviceFacts, device_facts, refuses_device
 from .precision import spec_of
@@ -41,11 +40,6 @@ def refuses_product(inputs: ScanInputs) -> str | None:
         return "gate pre-activations are quantized"
     if inputs.gi.dtype not in _DTYPES or inputs.h0.dtype not in _DTYPES:
         return f"dtype {inputs.gi.dtype} is not one of fp32, fp16, bf16"
-    if inputs.quantized and not isinstance(inputs.operand, DiagonalOperand):
-        points = (grids.h, grids.mid)
-        for factor, grid in zip(inputs.operand.factors.values(), points):
-            if not is_integer(factor, grid):
-                return "a product with one side in float has no order of summation that all paths share"
     if not inputs.quantized and (grids.any or inputs.operand.is_quantized):
         return "a grid is active in the float state"
     return None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ...spec import ScanSpec, is_integer, pack_grid
+from ...spec import ScanSpec, is_integer, pack_grid, sums_floats
 from .. import streamed
 from ..device import device_facts
 from ..math import gate_factors
@@ -58,7 +59,7 @@ def product_scale(spec: ScanSpec) -> Tensor | None:
 
 
 def prepare(spec: ScanSpec) -> BlockWeights | streamed.StreamedWeights:
-    """Once for each set of weights; streamed ones where a block does not fit a program."""
+    """Once for each set of weights; streamed ones where a block does not fit a program, or a product has one side in float."""
     (factor,) = spec.operand.factors.values()
     scale = product_scale(spec)
     weight = (factor.values if scale is not None else factor.dequantize()).float()
@@ -67,11 +68,12 @@ def prepare(spec: ScanSpec) -> BlockWeights | streamed.StreamedWeights:
     if not spec.quantized:
         factors = gate_factors(weight.device)
         weight, bias = weight * factors[..., None, None], bias * factors
-    if not spec.exact or spec.quantized:
+    floats = sums_floats(spec.operand, spec.grids, spec.quantized)
+    if (not spec.exact or spec.quantized) and not floats:
         weight = weight.to(torch.float16)
     grids = pack_grid(spec.grids.h), pack_grid(spec.grids.state)
-    precision = fp32_precision(spec)
-    if not is_resident(size, weight.dtype == torch.float32, device_facts(weight.device)):
+    precision = fp32_precision(replace(spec, exact=True) if floats else spec)
+    if floats or not is_resident(size, weight.dtype == torch.float32, device_facts(weight.device)):
         factor = streamed.StreamedFactor(streamed.pad_weight(weight), size, size, scale)
         return streamed.StreamedWeights(None, factor, bias.contiguous(), grids[0], None, grids[1], precision, spec.quantized)
     extra = padded_size(size) - size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ...inputs import ScanInputs
+from ...spec import sums_floats
 from ..device import DeviceFacts
 from ..precision import spec_of
 from .layout import layout_of
@@ -23,6 +24,8 @@ def refuses(inputs: ScanInputs, facts: DeviceFacts) -> str | None:
     """Why these kernels cannot run a scan, or None."""
     factor = inputs.operand.factors["blocks"]
     _, blocks, size, columns = factor.values.shape
+    if sums_floats(inputs.operand, inputs.grids, inputs.quantized):
+        return "a product has one side in float"
     if size <= _SMALL:
         return f"blocks of up to {_SMALL} fit one program"
     if columns != size:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...inputs import ScanInputs
-from ...spec import ScanSpec
+from ...spec import ScanSpec, sums_floats
 from ..device import DeviceFacts
 from ..precision import spec_of
 from .layout import layout_of
@@ -31,6 +31,8 @@ def streams(spec: ScanSpec, facts: DeviceFacts) -> str | None:
     for name, values in (("first", first.values), ("second", second.values)):
         if values.shape[2] != values.shape[3]:
             return f"monarch kernels take square blocks, but those of {name} are {values.shape[2]} x {values.shape[3]}"
+    if sums_floats(spec.operand, spec.grids, spec.quantized):
+        return "a product has one side in float"
     if (mid := spec.grids.mid) is not None:
         sums = (
             first.qmax * spec.grids.h.magnitude * first.values.shape[3],

@@ -3,6 +3,7 @@ values that its own blocks of the second factor need, then its channels of the n
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...spec import ScanSpec, pack_grid
+from ....operands import Factor
+from ....quantization import Grid
+from ...spec import ScanSpec, is_integer, pack_grid, sums_floats
 from .. import streamed
 from ..device import device_facts
 from ..exchange import (
@@ -55,25 +58,30 @@ class Prepared(NamedTuple):
     quantized: bool
 
 
+def _product(factor: Factor, grid: Grid | None) -> tuple[Tensor, Tensor | None]:
+    """Codes and the scales of an integer product, ``[gates, blocks, out, groups]``; or float weights and None."""
+    if not is_integer(factor, grid):
+        return factor.dequantize(), None
+    assert grid is not None and factor.scale is not None
+    return factor.values, (grid.scale.reshape(-1, 1, 1, 1) * factor.scale).expand(*factor.values.shape[:3], factor.groups)
+
+
 def prepare(spec: ScanSpec) -> Prepared | streamed.StreamedWeights:
     """Weights, scales and grids as the kernel reads them."""
     first, second = spec.operand.factors["first"], spec.operand.factors["second"]
-    grids, exact = spec.grids, spec.exact and not spec.quantized
+    grids, floats = spec.grids, sums_floats(spec.operand, spec.grids, spec.quantized)
+    exact = floats or (spec.exact and not spec.quantized)
     hidden, device = spec.hidden_size, first.values.device
     bias = torch.zeros(3, hidden, device=device) if spec.bias is None else spec.bias.float()
-    first_values, second_values, first_scale, second_scale = first.values, second.values, None, None
-    if spec.quantized:
-        assert grids.h is not None and grids.mid is not None and first.scale is not None and second.scale is not None
-        first_scale = (grids.h.scale * first.scale).expand(*first.values.shape[:3], first.groups)
-        second_scale = (grids.mid.scale.reshape(-1, 1, 1, 1) * second.scale).expand(*second.values.shape[:3], second.groups)
-    else:
+    (first_values, first_scale), (second_values, second_scale) = _product(first, grids.h), _product(second, grids.mid)
+    if not spec.quantized:
         factors = gate_factors(device)
         second_values = second_values.float() * factors.view(3, 1, 1, 1)
         bias = bias * factors
     dtype = torch.float32 if exact else torch.float16
     first_values, second_values, bias = first_values.to(dtype), second_values.to(dtype), bias.contiguous()
     packed_grids = pack_grid(grids.h), pack_grid(grids.mid), pack_grid(grids.state)
-    precision = fp32_precision(spec)
+    precision = fp32_precision(replace(spec, exact=True) if floats else spec)
     if streams(spec, device_facts(device)) is not None:
         both = streamed.StreamedFactor.of(first_values, first_scale), streamed.StreamedFactor.of(second_values, second_scale)
         return streamed.StreamedWeights(*both, bias, *packed_grids, precision, spec.quantized)

@@ -98,7 +98,7 @@ def _backward(
                         weight + tl.cast(g * BLOCKS + k, tl.int64) * (OUT_ROWS * PADDED),
                         (from_n if g == 2 else from_rz + g * H) + k, o, None, None, b, rows_in, 0,
                         PADDED, IN, H if g == 2 else 3 * H, BLOCKS, 1, 0,
-                        TILE, DEPTH, ROWS, STAGES, PRECISION,
+                        TILE, DEPTH, ROWS, STAGES, False, PRECISION,
                     )  # fmt: skip
                     if passes is not None:
                         bits = tl.load(passes + (position * B + b[None, :]) * MID + c, mask=inside, other=0)
@@ -121,14 +121,14 @@ def _backward(
                         first + tl.cast(g * FIRST_BLOCKS + k, tl.int64) * (FIRST_ROWS * FIRST_PADDED),
                         kept + g * MID + k * FIRST_IN, o, None, None, b, rows_in, 0,
                         FIRST_PADDED, FIRST_IN, FIRST_GATES * MID, 1, 1, 0,
-                        TILE, FIRST_DEPTH, ROWS, STAGES, PRECISION,
+                        TILE, FIRST_DEPTH, ROWS, STAGES, False, PRECISION,
                     )  # fmt: skip
                 else:
                     total += product(
                         weight + tl.cast(g * BLOCKS + k, tl.int64) * (OUT_ROWS * PADDED),
                         (from_n if g == 2 else from_rz + g * H) + k * IN,
                         o, None, None, b, rows_in, 0, PADDED, IN, H if g == 2 else 3 * H, 1, 1, 0,
-                        TILE, DEPTH, ROWS, STAGES, PRECISION,
+                        TILE, DEPTH, ROWS, STAGES, False, PRECISION,
                     )  # fmt: skip
             if h_grid is not None:
                 _, h_inv, h_low, h_high = load_grid(h_grid, 0, 1)

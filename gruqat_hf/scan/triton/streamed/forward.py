@@ -67,7 +67,7 @@ def _forward(
                     first + tl.cast(block, tl.int64) * (FIRST_ROWS * FIRST_PADDED), before + k * FIRST_IN, o,
                     first_scale + block * FIRST_OUT if first_scale is not None else None, own, b, rows_in, h_codes,
                     FIRST_PADDED, FIRST_IN, H, 1, FIRST_GROUPS, FIRST_GATES * MID,
-                    TILE, FIRST_DEPTH, ROWS, STAGES, PRECISION,
+                    TILE, FIRST_DEPTH, ROWS, STAGES, h_grid is not None, PRECISION,
                 )  # fmt: skip
                 offset = b[None, :] * (FIRST_GATES * MID) + (block * FIRST_OUT + o)[:, None]
                 tl.store(mid + offset, value, mask=own[:, None] & rows_in[None, :])
@@ -92,7 +92,7 @@ def _forward(
                     weight + tl.cast(g * BLOCKS + k, tl.int64) * (OUT_ROWS * PADDED), x, o,
                     scale + g * H + k * OUT if scale is not None else None, own, b, rows_in, grid,
                     PADDED, IN, FIRST_GATES * MID if TWO else H, STRIDE, GROUPS, 3 * H,
-                    TILE, DEPTH, ROWS, STAGES, PRECISION,
+                    TILE, DEPTH, ROWS, STAGES, (mid_grid if TWO else h_grid) is not None, PRECISION,
                 )  # fmt: skip
                 gh = gh + (value + tl.load(bias + g * H + c, mask=own, other=0.0)[:, None],)
             offset = b[None, :] * H + c[:, None]

@@ -12,13 +12,13 @@ from ..math import codes, fetch, to_tf32
 def product(
     weight, x, o, scale, own, b, rows_in, grid,
     PADDED: tl.constexpr, IN: tl.constexpr, ROW: tl.constexpr, STRIDE: tl.constexpr, GROUPS: tl.constexpr, SCALES: tl.constexpr,
-    TILE: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
+    TILE: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, ROUND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Rows ``o`` of a ``weight`` times ``IN`` inputs, ``[TILE, ROWS]`` fp32. Input i of row b is at ``x + b * ROW + i * STRIDE``.
 
     With a ``scale`` the product is one of codes: a group's sum is exact, group terms are added in ascending order. Scales of the
-    next group lie SCALES further.
+    next group lie SCALES further. ROUND without a ``scale``: inputs are put on their ``grid``, weights are float.
     """
     INTEGER: tl.constexpr = scale is not None
     WIDTH: tl.constexpr = IN // GROUPS
@@ -34,6 +34,8 @@ def product(
             if INTEGER:
                 part += tl.dot(w, codes(v, grid[1], grid[2], grid[3]).to(w.dtype)).to(tl.int32)
             else:
+                if ROUND:
+                    v = codes(v, grid[1], grid[2], grid[3]) * grid[0]
                 v = v.to(w.dtype)
                 if w.dtype == tl.float32:
                     v = to_tf32(v, PRECISION)
