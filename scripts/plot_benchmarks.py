@@ -44,6 +44,11 @@ class Results:
         times = [self.ms(shape, library, structure, state, mode, launch) for launch in ("eager", "graph")]
         return min((time for time in times if time is not None), default=None)
 
+    def peak(self, shape: Shape, library: str, structure: str) -> float | None:
+        """Memory that a training step takes at its peak, MB."""
+        wanted = (shape, library, structure, "float", "train", "eager")
+        return next((row.get("peak_mb") for row in self.rows if self._key(row) == wanted), None)
+
     def speedup(self, shape: Shape, structure: str, state: str, mode: str, library: str = OURS) -> float | None:
         """Times faster than cuDNN: in inference both in a CUDA graph, in training ours in a graph beside cuDNN's eager step."""
         ours = self.best(shape, library, structure, state, mode)
@@ -65,9 +70,9 @@ def table(report: dict[str, Any], shape: Shape = (512, 32, 512)) -> str:
     """Milliseconds and speed-ups at one shape, as Markdown."""
     results = Results(report)
     lines = [
-        "| hidden weights | infer, ms | × cuDNN | frozen int8, ms | train, ms | × cuDNN | QAT train, ms "
+        "| hidden weights | infer, ms | × cuDNN | frozen int8, ms | train, ms | × cuDNN | peak MB | QAT train, ms "
         "| × gru-qat, infer / train |",
-        "|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, library in ((name, library) for name in results.structures for library in (OURS, PORTABLE)):
         if results.best(shape, library, name, "float", "infer") is None:
@@ -78,15 +83,18 @@ def table(report: dict[str, Any], shape: Shape = (512, 32, 512)) -> str:
             _number(results.best(shape, library, name, "frozen", "infer"), ".3f"),
             _number(results.best(shape, library, name, "float", "train"), ".3f"),
             _number(results.speedup(shape, name, "float", "train", library), ".1f"),
+            _number(results.peak(shape, library, name), ".0f"),
             _number(results.best(shape, library, name, "qat", "train"), ".3f"),
             " / ".join(_number(results.over_peer(shape, name, mode, library), ".1f") for mode in ("infer", "train")),
         ]
         lines.append(f"| {name}{', portable kernels' if library == PORTABLE else ''} | {' | '.join(cells)} |")
     infer = _number(results.ms(shape, CUDNN, "dense", "float", "infer", "graph"), ".2f")
     train = _number(results.ms(shape, CUDNN, "dense", "float", "train", "eager"), ".2f")
+    peak = _number(results.peak(shape, CUDNN, "dense"), ".0f")
     machine, versions = report["machine"], report["versions"]
     lines.append(
-        f"\nT, B, H = {shape}; tf32; cuDNN takes {infer} ms (inference, CUDA graph) and {train} ms (train step, eager). "
+        f"\nT, B, H = {shape}; tf32; cuDNN takes {infer} ms (inference, CUDA graph), and for a train step {train} ms (eager) and "
+        f"{peak} MB. "
         f"{machine.get('gpu')}, torch {versions['torch']}, triton {versions.get('triton')}, {report['date']}."
     )
     return "\n".join(lines)
