@@ -68,9 +68,17 @@ def _candidates(forced: str | None) -> tuple[list[Backend], bool]:
     return chosen, True
 
 
-def _tell(backend: Backend, reasons: list[str], forced: bool) -> str:
+def _told(reasons: list[tuple[str, str]]) -> str:
+    """Backends and why each does not run, those with the same reason together."""
+    together: dict[str, list[str]] = {}
+    for name, reason in reasons:
+        together.setdefault(reason, []).append(name)
+    return "; ".join(f"{', '.join(names)}: {reason}" for reason, names in together.items())
+
+
+def _tell(backend: Backend, reasons: list[tuple[str, str]], forced: bool) -> str:
     """Which backend runs and why, on one line; logged the first time."""
-    told = f"{backend.name} ({'forced' if forced else '; '.join(reasons) or 'first choice'})"
+    told = f"{backend.name} ({'forced' if forced else _told(reasons) or 'first choice'})"
     if told not in _logged:
         _logged.add(told)
         logger.info("scan backend: %s", told)
@@ -91,14 +99,14 @@ def run_scan(inputs: ScanInputs, forced: str | None = None) -> tuple[Tensor, Ten
         RuntimeError: a forced backend that cannot run this scan.
     """
     candidates, is_forced = _candidates(forced)
-    reasons: list[str] = []
+    reasons: list[tuple[str, str]] = []
     for backend in candidates:
         reason = backend.refuses(inputs)
         if reason is None:
             states, last = backend.run(inputs)
             return states, last, _tell(backend, reasons, is_forced)
-        reasons.append(f"{backend.name}: {reason}")
-    raise RuntimeError(f"backend {candidates[0].name!r} was forced, but cannot run this scan: {reasons[0]}")
+        reasons.append((backend.name, reason))
+    raise RuntimeError(f"backend {candidates[0].name!r} was forced, but cannot run this scan: {_told(reasons)}")
 
 
 def prepare_plan(weights: LayerWeights, x: Tensor, forced: str | None = None) -> tuple[Plan | None, str]:
@@ -110,15 +118,15 @@ def prepare_plan(weights: LayerWeights, x: Tensor, forced: str | None = None) ->
         ValueError: a forced name that does not exist.
     """
     candidates, is_forced = _candidates(forced)
-    reasons: list[str] = []
+    reasons: list[tuple[str, str]] = []
     for backend in candidates:
         if backend.prepare is None or (weights.dynamic_x is not None and not backend.prepares_dynamic_x):
             continue
         plan = backend.prepare(weights, x)
         if not isinstance(plan, str):
             return plan, _tell(backend, reasons, is_forced)
-        reasons.append(f"{backend.name}: {plan}")
-    return None, "; ".join(reasons)
+        reasons.append((backend.name, plan))
+    return None, _told(reasons)
 
 
 def run_product(
