@@ -39,6 +39,8 @@ STRUCTURES: dict[str, dict[str, Any]] = {
 #: Those that gru-qat has a kernel for.
 PEER_STRUCTURES = ("diagonal", "blockdiag8", "blockdiag4", "monarch8", "butterfly")
 PRESET = "int8_state16"
+#: Where the portable kernels are timed as well, if others are chosen.
+PORTABLE_SHAPE = (512, 32, 512)
 _CHECKED_STEPS = 64
 #: A call of more milliseconds than this is not captured as well: nothing but the kernels counts.
 _LONG = 100.0
@@ -176,7 +178,7 @@ def time_layer(
 
 def time_ours(bench: Bench, name: str, shape: tuple[int, int, int], x: Tensor, gradient: Tensor) -> None:
     """The backend that is chosen and, where that is one for this GPU alone, the portable one beside it."""
-    if time_layer(bench, name, shape, x, gradient) == "hopper":
+    if time_layer(bench, name, shape, x, gradient) == "hopper" and shape == PORTABLE_SHAPE:
         time_layer(bench, name, shape, x, gradient, backend="triton")
 
 

@@ -18,12 +18,13 @@ from gruqat_hf import (
     QuantizerConfig,
     QuantRecipe,
 )
+from gruqat_hf.quantization import POINTS
 
 VOCABULARY = 23
 STATES = ("float", "qat", "frozen")
 
 WEIGHT = QuantizerConfig(granularity="channel", observer="dynamic")
-LAYERS = {point: getattr(PRESETS["int8_state16"], point) for point in ("x", "h", "state", "weight_input", "weight_hidden")}
+LAYERS = {point: getattr(PRESETS["int8_state16"], point) for point in POINTS}
 
 HEADS: dict[str, type] = {
     "sequence": GruQatForSequenceClassification,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ...operands import BlockDiagonalOperand
+from ...operands import BlockDiagonalOperand, MonarchOperand
 from ..dispatch import Backend, Plan
 from ..inputs import LayerWeights, ScanInputs
 from ..triton import run_family
@@ -16,16 +16,21 @@ from ..triton.choice import choose, register
 from ..triton.device import DeviceFacts
 from ..triton.plan import prepare_plan
 from ..triton.training_product import dense_product
-from . import block_diagonal
+from . import block_diagonal, dense, monarch
 
 __all__ = ["BACKEND"]
 
 register("hopper_block_diagonal", block_diagonal)
+register("hopper_dense", dense)
+register("hopper_monarch", monarch)
 
 
 def _candidates(inputs: ScanInputs, facts: DeviceFacts) -> tuple[str, ...]:
     """The families that take an operand, best first."""
-    return ("hopper_block_diagonal",) if isinstance(inputs.operand, BlockDiagonalOperand) else ()
+    if isinstance(inputs.operand, BlockDiagonalOperand):
+        small = inputs.operand.blocks.values.shape[-1] <= block_diagonal.LARGEST
+        return ("hopper_block_diagonal",) if small else ("hopper_dense",)
+    return ("hopper_monarch",) if isinstance(inputs.operand, MonarchOperand) else ()
 
 
 def _refuses(inputs: ScanInputs) -> str | None:

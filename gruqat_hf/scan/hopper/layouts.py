@@ -60,13 +60,13 @@ def ring_memory(BLOCK, ROWS, BYTES):
 
 
 @constexpr_function
-def copy_layout(BLOCK, BYTES):
+def copy_layout(BLOCK, BYTES, WARPS):
     """Of the same tile while it is copied, 16 bytes a thread."""
     vector = 16 // BYTES
     across = BLOCK // vector
     lanes = min(32, across)
     warps = max(1, across // 32)
-    return gl.BlockedLayout([1, vector], [32 // lanes, lanes], [BLOCK // 16 // warps, warps], [1, 0])
+    return gl.BlockedLayout([1, vector], [32 // lanes, lanes], [WARPS // warps, warps], [1, 0])
 
 
 @jit

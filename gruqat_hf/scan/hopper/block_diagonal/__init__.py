@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from ...inputs import ScanInputs
 from ...triton.device import DeviceFacts
-from ...triton.precision import spec_of
 from ..device import refuses_hopper
+from ..products import refuses_products
 
 SAVES_GATES = True
 #: Half-precision gates are kept as ``[T, B, H, 4]``, as in the portable tier, whose backward kernel can read them.
@@ -15,7 +15,7 @@ SUMS_WEIGHTS = True
 #: Steps whose inputs are on their way to a program; even.
 STAGES = 8
 #: Largest block whose weights fit a program's registers.
-_LARGEST = 128
+LARGEST = 128
 #: Elements that 16 bytes hold at most: copies of a row of a block go in such pieces.
 _PIECE = 8
 
@@ -31,10 +31,6 @@ def refuses(inputs: ScanInputs, facts: DeviceFacts) -> str | None:
         return reason
     (factor,) = inputs.operand.factors.values()
     size = factor.values.shape[-1]
-    if size > _LARGEST or size % _PIECE != 0:
-        return f"blocks must be of at most {_LARGEST} channels, in multiples of {_PIECE}, and are of {size}"
-    if not inputs.quantized and spec_of(inputs).exact:
-        return 'float products are wanted as exact as fp32: see torch.set_float32_matmul_precision("high")'
-    if inputs.quantized and factor.groups > 1:
-        return f"weights have {factor.groups} scales in each row"
-    return None
+    if size > LARGEST or size % _PIECE != 0:
+        return f"blocks must be of at most {LARGEST} channels, in multiples of {_PIECE}, and are of {size}"
+    return refuses_products(inputs)

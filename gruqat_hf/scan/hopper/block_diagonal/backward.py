@@ -14,12 +14,13 @@ from ...triton.block_diagonal import backward as portable
 from ...triton.block_diagonal.weights import packed
 from ...triton.device import device_facts
 from ...triton.family import KernelCall, ScanGradients, aligned
-from ...triton.math import gru_gradients, in_range, load_grid, unpack_gates
+from ...triton.math import in_range, load_grid
 from ...triton.weight_gradient import weight_gradient
 from ..gluon import gl, jit, mma_v2, wait_for_copies
+from ..gradients import coefficients, powers
 from ..layouts import gate_layout, load_weights, product_layout, to_columns, to_gates
+from ..staging import fetch_step, operands, read, rings
 from . import STAGES, rows_of_tile
-from .staging import fetch_step, operands, read, rings
 
 __all__ = ["backward", "prepare"]
 
@@ -27,26 +28,6 @@ __all__ = ["backward", "prepare"]
 _RESCALE = 16
 
 prepare = portable.prepare
-
-
-@jit
-def _coefficients(saved, h, runs):
-    """What multiplies a step's gradient: for the products of r, z, n, for the input's n, and for the state directly.
-
-    A step that does not run hands its gradient on, one that its grid clipped takes none.
-    """
-    r, z, n, hn = unpack_gates(saved)
-    kept = gl.where((z >= 0.0) & runs, 1.0, 0.0)
-    c_r, c_z, c_n, c_hn, direct = gru_gradients(kept, r, z, n, hn, h)
-    return c_r, c_z, c_hn, c_n, gl.where(runs, direct, 1.0)
-
-
-@jit
-def _powers(carry, peak):
-    """For each row, the power of two that brings its larger gradients near 2**4, and its inverse."""
-    largest = gl.maximum(gl.max(gl.abs(carry), axis=0), peak)
-    exponent = gl.maximum(largest.to(gl.int32, bitcast=True) >> 23, 30)
-    return ((258 - exponent) << 23).to(gl.float32, bitcast=True), ((exponent - 4) << 23).to(gl.float32, bitcast=True)
 
 
 @jit(do_not_specialize=["T", "B"])
@@ -95,7 +76,7 @@ def _backward(
     ahead = at
     for i in gl.static_range(STAGES):
         fetch_step(
-            even if i % 2 == 0 else odd, i // 2, gates, dstates, states, ahead, step, first_row, k * SIZE, i, T, B, H, SIZE
+            even if i % 2 == 0 else odd, i // 2, gates, dstates, states, ahead, step, first_row, k * SIZE, SIZE, i, T, B, H
         )
         ahead += step
     x_even = operands(BLOCK)
@@ -113,12 +94,12 @@ def _backward(
     runs = inside
     if mask is not None:
         runs = inside & (gl.load(mask_p, mask=b < B, other=0) != 0)[None, :]
-    c_r, c_z, c_hn, c_n, direct = _coefficients(read(even[0], 0, GATES), h, runs)
+    c_r, c_z, c_hn, c_n, direct = coefficients(read(even[0], 0, GATES), h, runs)
     d = read(even[1], 0, GATES).to(gl.float32)
 
     for i in range(0, T, 2):
         if i % RESCALE == 0:
-            up, down = _powers(carry, peak)
+            up, down = powers(gl.maximum(gl.max(gl.abs(carry), axis=0), peak), 4)
         for u in gl.static_range(2):
             grad = d + carry
             scaled = d * up[None, :] + carry * up[None, :]
@@ -132,7 +113,7 @@ def _backward(
             right_n = x[2].load(RIGHT)
             slot = (i // 2) % SLOTS
             going = even if u == 0 else odd
-            fetch_step(going, slot, gates, dstates, states, ahead, step, first_row, k * SIZE, i + u + STAGES, T, B, H, SIZE)
+            fetch_step(going, slot, gates, dstates, states, ahead, step, first_row, k * SIZE, SIZE, i + u + STAGES, T, B, H)
             ahead += step
             total = to_gates(mma_v2(w_r, right_r, zeros), ROWS)
             total_z = to_gates(mma_v2(w_z, right_z, zeros), ROWS)
@@ -167,7 +148,7 @@ def _backward(
             if mask is not None:
                 mask_p += sign * B
                 runs = runs & (gl.load(mask_p, mask=(b < B) & (i + u + 1 < T), other=0) != 0)[None, :]
-            c_r, c_z, c_hn, c_n, direct = _coefficients(read(coming[0], next_slot, GATES), h, runs)
+            c_r, c_z, c_hn, c_n, direct = coefficients(read(coming[0], next_slot, GATES), h, runs)
             d = read(coming[1], next_slot, GATES).to(gl.float32)
             carry = (total + (total_z + total_n)) * weighted + passed
     gl.store(dh0 + offset, carry.to(dh0.dtype.element_ty), mask=inside)

@@ -56,7 +56,7 @@ def _forward(
     PRODUCT: gl.constexpr = product_layout(BLOCK)
     RIGHT: gl.constexpr = gl.DotOperandLayout(1, PRODUCT, 2)
     BYTES: gl.constexpr = gi.dtype.element_ty.primitive_bitwidth // 8
-    COPY: gl.constexpr = copy_layout(BLOCK, BYTES)
+    COPY: gl.constexpr = copy_layout(BLOCK, BYTES, BLOCK // 16)
     RING: gl.constexpr = ring_memory(BLOCK, ROWS, BYTES)
     SLOTS: gl.constexpr = STAGES // 2
     k = gl.program_id(0)

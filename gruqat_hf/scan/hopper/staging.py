@@ -1,9 +1,9 @@
-"""What the backward kernel holds in shared memory: steps on their way from global memory, and operands of the products."""
+"""What backward kernels hold in shared memory: steps on their way from global memory, and operands of the products."""
 
 from __future__ import annotations
 
-from ..gluon import commit_copies, copy_to_shared, gl, jit
-from ..layouts import copy_layout, operand_memory, ring_memory
+from .gluon import commit_copies, copy_to_shared, gl, jit
+from .layouts import copy_layout, operand_memory, ring_memory
 
 
 @jit
@@ -28,23 +28,21 @@ def operands(BLOCK: gl.constexpr):
 
 
 @jit
-def _fetch(ring, slot, base, first_row, first_channel, runs, B, H: gl.constexpr, SIZE: gl.constexpr):
+def _fetch(ring, slot, base, first_row, first_channel, channels, runs, B, H: gl.constexpr):
     """Copy a step's tile of ``base``, which points at the step; zero where it does not run."""
     BLOCK: gl.constexpr = ring.shape[2]
-    COPY: gl.constexpr = copy_layout(BLOCK, base.dtype.element_ty.primitive_bitwidth // 8)
+    COPY: gl.constexpr = copy_layout(BLOCK, base.dtype.element_ty.primitive_bitwidth // 8, gl.num_warps())
     b = first_row + gl.arange(0, ring.shape[1], layout=gl.SliceLayout(1, COPY))[:, None]
     s = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, COPY))[None, :]
-    copy_to_shared(ring.index(slot), base + b * H + (first_channel + s), mask=(b < B) & (s < SIZE) & runs)
+    copy_to_shared(ring.index(slot), base + b * H + (first_channel + s), mask=(b < B) & (s < channels) & runs)
 
 
 @jit
-def fetch_step(
-    memory, slot, gates, dstates, states, at, step, first_row, first_channel, i, T, B, H: gl.constexpr, SIZE: gl.constexpr
-):
-    """Set out for all that step ``i`` needs, which lies at ``at``."""
-    _fetch(memory[0], slot, gates + at, first_row, first_channel, i < T, B, H, SIZE)
-    _fetch(memory[1], slot, dstates + at, first_row, first_channel, i < T, B, H, SIZE)
-    _fetch(memory[2], slot, states + (at + step), first_row, first_channel, i + 1 < T, B, H, SIZE)
+def fetch_step(memory, slot, gates, dstates, states, at, step, first_row, first_channel, channels, i, T, B, H: gl.constexpr):
+    """Set out for all that step ``i`` needs, which lies at ``at``, of a program's ``channels`` from ``first_channel`` on."""
+    _fetch(memory[0], slot, gates + at, first_row, first_channel, channels, i < T, B, H)
+    _fetch(memory[1], slot, dstates + at, first_row, first_channel, channels, i < T, B, H)
+    _fetch(memory[2], slot, states + (at + step), first_row, first_channel, channels, i + 1 < T, B, H)
     commit_copies()
 
 

@@ -1,0 +1,231 @@
+"""Backward scan of large blocks on Hopper clusters, from the last step of the scan to the first.
+
+A step waits for: parts of the state's gradient from all programs, their sum, that times three coefficients to shared memory,
+barrier, product, its parts to all programs. Coefficients follow from saved gates and states alone, and are ready before.
+
+Parts travel as fp16, brought near 1 by a power of two for each row that all programs must know: every RESCALE steps they tell
+each other their largest gradients, which count from the next step on.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from ...triton.block_diagonal.weights import packed
+from ...triton.dense import backward as portable
+from ...triton.family import ScanGradients, aligned
+from ...triton.math import in_range, load_grid
+from ..cluster import ClusterCall
+from ..exchange import area_of, area_shape, close_exchange, open_exchange, read_halves, send_chunks, wait_for_round
+from ..gluon import gl, jit, mma_v2, wait_for_copies
+from ..gradients import coefficients, hear_largest, maxima_bytes, powers, tell_largest
+from ..staging import fetch_step, operands, read, rings
+from . import STAGES
+from .layouts import CHANNELS, ROWS, WARPS, part_layout, parts_layout
+from .weights import BackwardWeights
+from .weights import backward_weights as prepare
+
+__all__ = ["backward", "prepare"]
+
+#: Steps between two looks at the size of gradients; even.
+_RESCALE = 16
+_CHANNELS = gl.constexpr(CHANNELS)
+_ROWS = gl.constexpr(ROWS)
+#: Bytes of a program's part of the gradients of another.
+_PART = gl.constexpr(CHANNELS * ROWS * 2)
+
+
+@jit
+def _load_weights(weight, BLOCK: gl.constexpr):
+    """A program's part of a gate's weights into registers, as a product's left side."""
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, part_layout(), 2)
+    into = gl.arange(0, BLOCK, layout=gl.SliceLayout(1, LEFT))
+    out = gl.arange(0, _CHANNELS, layout=gl.SliceLayout(0, LEFT))
+    return gl.load(weight + into[:, None] * _CHANNELS + out[None, :])
+
+
+@jit(do_not_specialize=["T", "B"])
+def _backward(
+    h0, mask, states, gates, dstates, dlast, dgi, dgh_n, dh0, adjoint, largest_gradient, weight, h_grid, T, B,
+    H: gl.constexpr, SIZE: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr, RESCALE: gl.constexpr,
+    REVERSE: gl.constexpr,
+):  # fmt: skip
+    """Program (p, j, k): slice p of block k, of rows j * ROWS and on. Other parameters as in the block-diagonal kernel;
+    ``largest_gradient`` is that of dstates, then that of dlast.
+
+    Steps go in pairs, each with shared memory and a slot of its own, as in the forward kernel.
+    """
+    PARTS: gl.constexpr = parts_layout(PROGRAMS)
+    GATES: gl.constexpr = gl.SliceLayout(0, PARTS)
+    PRODUCT: gl.constexpr = part_layout()
+    RIGHT: gl.constexpr = gl.DotOperandLayout(1, PRODUCT, 2)
+    BLOCK: gl.constexpr = PROGRAMS * _CHANNELS
+    AREA: gl.constexpr = area_shape((PROGRAMS * _PART,), 2, maxima_bytes(PROGRAMS, _ROWS, 8))
+    SLOTS: gl.constexpr = STAGES // 2
+    REPEATS: gl.constexpr = BLOCK // 256
+    part = gl.program_id(0)
+    first_row = gl.program_id(1) * _ROWS
+    block = gl.program_id(2)
+    first_channel = block * SIZE + part * _CHANNELS
+    channels = gl.minimum(SIZE - part * _CHANNELS, _CHANNELS)
+
+    tile = weight + (block * PROGRAMS + part) * (_CHANNELS * BLOCK)
+    gate_stride: gl.constexpr = (H // SIZE) * BLOCK * BLOCK
+    w_r = _load_weights(tile, BLOCK)
+    w_z = _load_weights(tile + gate_stride, BLOCK)
+    w_n = _load_weights(tile + 2 * gate_stride, BLOCK)
+    if h_grid is not None:
+        _, h_inv, h_low, h_high = load_grid(h_grid, 0, 1)
+
+    s = gl.arange(0, _CHANNELS, layout=gl.SliceLayout(1, GATES))
+    n = gl.arange(0, _ROWS, layout=gl.SliceLayout(0, GATES))
+    b = first_row + n
+    c = first_channel + s
+    row = B.to(gl.int64) * H
+    sign: gl.constexpr = 1 if REVERSE else -1
+    start = gl.to_tensor(0).to(gl.int64) if REVERSE else (T - 1).to(gl.int64)
+    step = row * sign
+    inside = (s < channels)[:, None] & (b < B)[None, :]
+    offset = b[None, :] * H + c[:, None]
+    wide = b[None, :] * (3 * H) + c[:, None]
+    initial = gl.load(h0 + offset, mask=inside, other=0.0).to(gl.float32)
+    carry = gl.load(dlast + offset, mask=inside, other=0.0).to(gl.float32)
+    at = start * row
+    if mask is not None:
+        mask_p = mask + start * B + b
+    peak = gl.load(largest_gradient)
+    zero_row = gl.full([_ROWS], 0.0, gl.float32, layout=gl.SliceLayout(0, GATES))
+    up, down = powers(zero_row + gl.maximum(peak, gl.load(largest_gradient + 1)), 0)
+
+    even = rings(gates.dtype.element_ty, states.dtype.element_ty, SLOTS, _CHANNELS, _ROWS)
+    odd = rings(gates.dtype.element_ty, states.dtype.element_ty, SLOTS, _CHANNELS, _ROWS)
+    ahead = at
+    for i in gl.static_range(STAGES):
+        going = even if i % 2 == 0 else odd
+        fetch_step(going, i // 2, gates, dstates, states, ahead, step, first_row, first_channel, channels, i, T, B, H)
+        ahead += step
+    x_even = operands(_CHANNELS)
+    x_odd = operands(_CHANNELS)
+    zeros = gl.full([BLOCK, _ROWS], 0.0, gl.float32, layout=PRODUCT)
+
+    # Of a product's rows, 16 are a warp's, and 128 all warps'; two such runs are a warp's part for one program.
+    m = gl.arange(0, BLOCK, layout=gl.SliceLayout(1, PRODUCT))[:, None]
+    column = gl.arange(0, _ROWS, layout=gl.SliceLayout(0, PRODUCT))[None, :]
+    open_exchange(AREA)
+    area = area_of(((m >> 4) & 7) * REPEATS + (m >> 8) + column * 0)
+    to = area + part * _PART + ((m & 7) * 4 + (column >> 1)) * 16
+    program = gl.arange(0, PROGRAMS, layout=gl.SliceLayout(1, gl.SliceLayout(2, PARTS)))[:, None, None]
+    mine = gl.arange(0, _CHANNELS, layout=gl.SliceLayout(0, gl.SliceLayout(2, PARTS)))[None, :, None]
+    mine_row = gl.arange(0, _ROWS, layout=gl.SliceLayout(0, gl.SliceLayout(1, PARTS)))[None, None, :]
+    parts_at = program * _PART + ((mine >> 2) * 4 + (mine_row >> 1)) * 16 + (mine & 3) * 4 + (mine_row & 1) * 2
+
+    wait_for_copies(STAGES - 1)
+    h = read(even[2], 0, GATES).to(gl.float32)
+    h = gl.where(T == 1, initial, h)
+    runs = inside
+    if mask is not None:
+        runs = inside & (gl.load(mask_p, mask=b < B, other=0) != 0)[None, :]
+    c_r, c_z, c_hn, c_n, direct = coefficients(read(even[0], 0, GATES), h, runs)
+    d = read(even[1], 0, GATES).to(gl.float32)
+
+    for i in range(0, T, 2):
+        for u in gl.static_range(2):
+            if u == 0:
+                if i % RESCALE == 0:
+                    tell_largest(carry, part, PROGRAMS, 2, AREA)
+            elif i % RESCALE == 0:
+                largest = hear_largest(i // RESCALE, PROGRAMS, _ROWS, 2, AREA, GATES)
+                up, down = powers(gl.maximum(largest, peak), 0)
+            grad = d + carry
+            scaled = d * up[None, :] + carry * up[None, :]
+            x = x_even if u == 0 else x_odd
+            x[0].store((scaled * c_r).to(gl.float16))
+            x[1].store((scaled * c_z).to(gl.float16))
+            x[2].store((scaled * c_hn).to(gl.float16))
+            wait_for_copies(STAGES - 2)
+            total = mma_v2(w_r, x[0].load(RIGHT), zeros)
+            total = mma_v2(w_z, x[1].load(RIGHT), total)
+            total = mma_v2(w_n, x[2].load(RIGHT), total)
+            send_chunks(total.to(gl.float16), area, to, u, AREA)
+
+            slot = (i // 2) % SLOTS
+            going = even if u == 0 else odd
+            fetch_step(
+                going, slot, gates, dstates, states, ahead, step, first_row, first_channel, channels, i + u + STAGES, T, B, H
+            )
+            ahead += step
+            here = inside & (i + u < T)
+            if adjoint is not None:
+                gl.store(adjoint + at + offset, gl.where(runs, grad, 0.0), mask=here)
+            dgi_p = dgi + at * 3 + wide
+            gl.store(dgi_p, (grad * c_r).to(dgi.dtype.element_ty), mask=here)
+            gl.store(dgi_p + H, (grad * c_z).to(dgi.dtype.element_ty), mask=here)
+            gl.store(dgi_p + 2 * H, (grad * c_n).to(dgi.dtype.element_ty), mask=here)
+            gl.store(dgh_n + at + offset, (grad * c_hn).to(dgi.dtype.element_ty), mask=here)
+            at += step
+            weighted = gl.full([_CHANNELS, _ROWS], 1.0, gl.float32, layout=GATES) * down[None, :]
+            if h_grid is not None:
+                weighted = gl.where(in_range(h, h_inv, h_low, h_high), weighted, 0.0)
+            passed = grad * direct
+
+            # The next step's coefficients, while the others' parts are on their way.
+            coming = odd if u == 0 else even
+            next_slot = slot if u == 0 else (i // 2 + 1) % SLOTS
+            h = read(coming[2], next_slot, GATES).to(gl.float32)
+            h = gl.where(i + u + 2 == T, initial, h)
+            runs = inside & (i + u + 1 < T)
+            if mask is not None:
+                mask_p += sign * B
+                runs = runs & (gl.load(mask_p, mask=(b < B) & (i + u + 1 < T), other=0) != 0)[None, :]
+            c_r, c_z, c_hn, c_n, direct = coefficients(read(coming[0], next_slot, GATES), h, runs)
+            d = read(coming[1], next_slot, GATES).to(gl.float32)
+            wait_for_round(i // 2, u, AREA)
+            total_parts = gl.sum(read_halves(parts_at, u, AREA).to(gl.float32), axis=0)
+            carry = total_parts * weighted + passed
+    gl.store(dh0 + offset, carry.to(dh0.dtype.element_ty), mask=inside)
+    close_exchange()
+
+
+def backward(
+    prepared: BackwardWeights,
+    gi: Tensor,
+    h0: Tensor,
+    states: Tensor,
+    gates: Tensor,
+    mask: Tensor | None,
+    reverse: bool,
+    dstates: Tensor,
+    dlast: Tensor,
+    want_adjoint: bool,
+    want_weights: bool = False,
+) -> ScanGradients:
+    """Gradients of the scan's inputs; those of the weights are left to a product over all rows."""
+    if prepared.portable is not None:
+        return portable.backward(prepared.portable, gi, h0, states, gates, mask, reverse, dstates, dlast, want_adjoint)
+    assert prepared.weight is not None
+    steps, rows, _, hidden = gi.shape
+    programs = prepared.weight.shape[2]
+    dgi = torch.empty_like(gi)
+    dgh_n = gi.new_empty((steps, rows, hidden))
+    dh0 = torch.empty_like(h0)
+    adjoint = torch.empty_like(states, dtype=torch.float32) if want_adjoint else None
+    largest = torch.stack([torch.linalg.vector_norm(x, float("inf"), dtype=torch.float32) for x in (dstates, dlast)])
+    ClusterCall(
+        kernel=_backward,
+        grid=(1, triton.cdiv(rows, ROWS), hidden // prepared.size),
+        io=(h0, mask, aligned(states), packed(aligned(gates)), aligned(dstates), dlast, dgi, dgh_n, dh0, adjoint),
+        static=(largest, prepared.weight, prepared.h_grid, steps, rows),
+        constants={
+            "H": hidden,
+            "SIZE": prepared.size,
+            "PROGRAMS": programs,
+            "STAGES": STAGES,
+            "RESCALE": _RESCALE,
+            "REVERSE": reverse,
+        },
+        warps=WARPS,
+        cluster=programs,
+    ).run()
+    return ScanGradients(dgi, dh0, dgh_n, adjoint)

@@ -1,0 +1,103 @@
+"""Weights of large blocks as the cluster kernels read them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ...spec import ScanSpec, pack_grid
+from ...triton.block_diagonal.weights import product_scale
+from ...triton.dense.backward import Prepared as PortableWeights
+from ...triton.dense.backward import prepare as portable_weights
+from ...triton.math import gate_factors
+from . import padded_size
+from .layouts import CHANNELS, SPLITS
+
+
+class DenseWeights(NamedTuple):
+    """Attributes:
+    weight: ``[3, blocks, programs, SPLITS, CHANNELS, inputs of a part]`` fp16, inputs named as the exchange has them: codes, or
+        prescaled in the float state.
+    scale: of an integer product, ``[1, 3, H]``, or None.
+    bias: ``[3, H]``, prescaled in the float state.
+    h_grid, state_grid: packed, or None.
+    size: of a block.
+    quantized: whether gates are the portable ones.
+    """
+
+    weight: Tensor
+    scale: Tensor | None
+    bias: Tensor
+    h_grid: Tensor | None
+    state_grid: Tensor | None
+    size: int
+    quantized: bool
+
+    @property
+    def blocks(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def programs(self) -> int:
+        return self.weight.shape[2]
+
+
+def _packed(weight: Tensor) -> Tensor:
+    """``[3, blocks, out, in]`` → the layout of :class:`DenseWeights`."""
+    gates, blocks, size, _ = weight.shape
+    padded = padded_size(size)
+    weight = pad(weight, (0, padded - size, 0, padded - size))
+    # Inputs of a part by program, chunk, inside the chunk. A lane's k-th of 16 inputs is k // 2 * 8 + 2 * chunk + k % 2.
+    weight = weight.view(gates, blocks, padded // CHANNELS, CHANNELS, SPLITS, padded // SPLITS // CHANNELS, 4, 2, 2, 2)
+    weight = weight.permute(0, 1, 2, 4, 3, 5, 7, 8, 6, 9)
+    return weight.reshape(gates, blocks, padded // CHANNELS, SPLITS, CHANNELS, padded // SPLITS).contiguous()
+
+
+def packed_by_rows(weight: Tensor) -> Tensor:
+    """``[3, blocks, out, in]`` → ``[3, blocks, programs, in, CHANNELS]``, in as the backward scan's exchange has them."""
+    gates, blocks, size, _ = weight.shape
+    padded = padded_size(size)
+    weight = pad(weight, (0, padded - size, 0, padded - size)).transpose(2, 3)
+    # An input is of one of 8 warps' one or two programs, there of a lane's 4 channels, which are 2 product rows twice.
+    weight = weight.reshape(gates, blocks, 8, padded // 256, 8, 2, 2, padded // CHANNELS, CHANNELS)
+    return weight.permute(0, 1, 7, 3, 5, 2, 6, 4, 8).reshape(gates, blocks, padded // CHANNELS, padded, CHANNELS).contiguous()
+
+
+def forward_weights(spec: ScanSpec) -> DenseWeights:
+    """Once for each set of weights."""
+    (factor,) = spec.operand.factors.values()
+    scale = product_scale(spec)
+    weight = factor.values if scale is not None else factor.dequantize().float()
+    gates, blocks, size, _ = weight.shape
+    bias = torch.zeros(gates, blocks * size, device=weight.device) if spec.bias is None else spec.bias.float()
+    if not spec.quantized:
+        factors = gate_factors(weight.device)
+        weight, bias = weight * factors[..., None, None], bias * factors
+    grids = pack_grid(spec.grids.h), pack_grid(spec.grids.state)
+    return DenseWeights(_packed(weight.to(torch.float16)), scale, bias.contiguous(), *grids, size, spec.quantized)
+
+
+class BackwardWeights(NamedTuple):
+    """Attributes:
+    weight: ``[3, blocks, programs, inputs, CHANNELS]`` fp16, see :func:`packed_by_rows`.
+    h_grid: packed, or None.
+    size: of a block.
+    portable: the weights of the portable kernels, which serve products as exact as fp32; None where they are not wanted.
+    """
+
+    weight: Tensor | None
+    h_grid: Tensor | None
+    size: int
+    portable: PortableWeights | None
+
+
+def backward_weights(spec: ScanSpec) -> BackwardWeights:
+    """Once for each set of weights."""
+    (factor,) = spec.operand.factors.values()
+    size = factor.values.shape[-1]
+    if spec.exact:
+        return BackwardWeights(None, None, size, portable_weights(spec))
+    return BackwardWeights(packed_by_rows(factor.dequantize().to(torch.float16)), pack_grid(spec.grids.h), size, None)

@@ -1,0 +1,167 @@
+"""Values that the programs of a cluster send into each other's shared memory.
+
+Every program has the same area: some slots, and for each a barrier, which counts the bytes that arrive. ``st.async`` writes 4 or
+16 bytes into a slot of another program and counts them there; a program that waits for a barrier so waits for the values alone,
+and no message has to say that they are there. Whoever waits also tells the barrier how much the slot's next round will bring.
+
+A slot is free for another round when all warps of its program have read it. That nobody has to say either, if rounds of
+different slots follow one another: a program sends the next round only after it has read this one. Where all warps of a program
+meet at a barrier in between, two slots in turn are enough: whoever has all of round ``i + 1`` knows that everyone has read round
+``i``. Where warps go on by themselves it takes three: all of round ``i + 2`` comes from programs that have all of round ``i +
+1``, which comes from warps that have read round ``i``.
+
+The address of Triton's own shared memory cannot be had, so the area is declared in PTX, once for a kernel, by
+:func:`open_exchange`. Gluon knows nothing of it: values come from and go to registers. ``AREA`` is what :func:`area_shape` gives.
+"""
+
+from __future__ import annotations
+
+from .gluon import constexpr_function, gl, jit
+
+
+@constexpr_function
+def area_shape(BYTES, TIMES=1, EXTRA=0):
+    """The area whose slots have BYTES each, a tuple, that TIMES over, and one more of EXTRA bytes, if any."""
+    return tuple(BYTES) * TIMES + ((EXTRA,) if EXTRA else ())
+
+
+@constexpr_function
+def _place(AREA, SLOT):
+    """Where a slot and its barrier are in the area, and the slot's bytes."""
+    return sum(AREA[:SLOT]), sum(AREA) + 8 * SLOT, AREA[SLOT]
+
+
+@constexpr_function
+def _open_text(AREA):
+    places = [_place(AREA, slot) for slot in range(len(AREA))]
+    text = f""".shared .align 128 .b8 gruqat_exchange[{sum(AREA) + 8 * len(AREA)}];
+        {{ .reg .pred first; .reg .b32 area, thread; .reg .b64 state;
+        mov.u32 area, gruqat_exchange; mov.u32 thread, %tid.x; setp.eq.u32 first, thread, 0;
+        """
+    for _, barrier, _ in places:
+        text += f"@first mbarrier.init.shared::cta.b64 [area+{barrier}], 1;\n"
+    text += "@first fence.mbarrier_init.release.cluster;\n"
+    for _, barrier, size in places:
+        text += f"@first mbarrier.arrive.expect_tx.shared::cta.b64 state, [area+{barrier}], {size};\n"
+    return text + "barrier.cluster.arrive.release; barrier.cluster.wait.acquire; mov.u32 $0, 0; }"
+
+
+@constexpr_function
+def _wait_text(AREA, SLOT, AGAIN):
+    _, barrier, size = _place(AREA, SLOT)
+    text = f"""{{ .reg .pred done; .reg .b32 area, thread; .reg .b64 state;
+        mov.u32 area, gruqat_exchange;
+        again: mbarrier.try_wait.parity.shared::cta.b64 done, [area+{barrier}], $1;
+        @!done bra again;
+        """
+    if AGAIN:
+        text += f"""mov.u32 thread, %tid.x; setp.eq.u32 done, thread, 0;
+        @done mbarrier.arrive.expect_tx.shared::cta.b64 state, [area+{barrier}], {size};
+        """
+    return text + "mov.u32 $0, 0; }"
+
+
+@constexpr_function
+def _read_text(AREA, SLOT, COUNT, STRIDE):
+    text = f"{{ .reg .b32 at; mov.u32 at, gruqat_exchange; add.u32 at, at, ${4 * COUNT};\n"
+    for i in range(COUNT):
+        words = ", ".join(f"${4 * i + word}" for word in range(4))
+        text += f"ld.shared.v4.b32 {{{words}}}, [at+{_place(AREA, SLOT)[0] + i * STRIDE}];\n"
+    return text + "}"
+
+
+@constexpr_function
+def _read_one_text(AREA, SLOT, BITS):
+    slot = _place(AREA, SLOT)[0]
+    return f"{{ .reg .b32 at; mov.u32 at, gruqat_exchange; add.u32 at, at, $1; ld.shared.b{BITS} $0, [at+{slot}]; }}"
+
+
+@constexpr_function
+def _send_text(AREA, SLOT, WORDS, PACK):
+    slot, barrier, _ = _place(AREA, SLOT)
+    words = ", ".join(f"${PACK + word}" for word in range(WORDS))
+    vector, words = (".v4", f"{{{words}}}") if WORDS == 4 else ("", words)
+    area, to = f"${PACK + WORDS}", f"${2 * PACK + WORDS}"
+    text = f"{{ st.async.shared::cluster.mbarrier::complete_tx::bytes{vector}.b32 [{to}+{slot}], {words}, [{area}+{barrier}];\n"
+    return text + " ".join(f"mov.u32 ${i}, 0;" for i in range(PACK)) + " }"
+
+
+@constexpr_function
+def _registers(OUTPUTS, INPUTS):
+    """Outputs that are written before inputs are read, and inputs."""
+    return ",".join(["=&r"] * OUTPUTS + ["r"] * INPUTS)
+
+
+@jit
+def open_exchange(AREA: gl.constexpr):
+    """Declare the area and await all programs: from here on they may send, each slot's first round."""
+    gl.inline_asm_elementwise(_open_text(AREA), "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@jit
+def close_exchange():
+    """Await all programs: none ends while others might still send to it."""
+    TEXT: gl.constexpr = "barrier.cluster.arrive.release; barrier.cluster.wait.acquire; mov.u32 $0, 0;"
+    gl.inline_asm_elementwise(TEXT, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@jit
+def area_of(rank):
+    """The address of the area of the program ``rank``, for each element."""
+    TEXT: gl.constexpr = "{ .reg .b32 area; mov.u32 area, gruqat_exchange; mapa.shared::cluster.u32 $0, area, $1; }"
+    return gl.inline_asm_elementwise(TEXT, "=r,r", [rank], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@jit
+def wait_for_round(count, SLOT: gl.constexpr, AREA: gl.constexpr, AGAIN: gl.constexpr = True):
+    """Until all of a slot's round is here, the first of which has ``count`` 0. AGAIN: another one will come."""
+    TEXT: gl.constexpr = _wait_text(AREA, SLOT, AGAIN)
+    gl.inline_asm_elementwise(TEXT, "=r,r", [count % 2], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@jit
+def read_chunks(at, SLOT: gl.constexpr, AREA: gl.constexpr, COUNT: gl.constexpr, STRIDE: gl.constexpr):
+    """fp16 values in the layout of ``at``: a thread's are COUNT chunks of 16 bytes, STRIDE apart from its first ``at`` on."""
+    TEXT: gl.constexpr = _read_text(AREA, SLOT, COUNT, STRIDE)
+    REGISTERS: gl.constexpr = _registers(4 * COUNT, 8 * COUNT)
+    return gl.inline_asm_elementwise(TEXT, REGISTERS, [at], dtype=gl.float16, is_pure=False, pack=8 * COUNT)
+
+
+@jit
+def read_halves(at, SLOT: gl.constexpr, AREA: gl.constexpr):
+    """The fp16 value at each ``at``."""
+    return gl.inline_asm_elementwise(_read_one_text(AREA, SLOT, 16), "=h,r", [at], dtype=gl.float16, is_pure=False, pack=1)
+
+
+@jit
+def read_pairs(at, SLOT: gl.constexpr, AREA: gl.constexpr):
+    """fp16 values in the layout of ``at``: each 2 of a thread are 4 bytes at their first ``at``."""
+    TEXT: gl.constexpr = _read_one_text(AREA, SLOT, 32)
+    return gl.inline_asm_elementwise(TEXT, "=r,r,r", [at], dtype=gl.float16, is_pure=False, pack=2)
+
+
+@jit
+def read_floats(at, SLOT: gl.constexpr, AREA: gl.constexpr):
+    """The fp32 value at each ``at``."""
+    return gl.inline_asm_elementwise(_read_one_text(AREA, SLOT, 32), "=f,r", [at], dtype=gl.float32, is_pure=False, pack=1)
+
+
+@jit
+def send_chunks(values, area, to, SLOT: gl.constexpr, AREA: gl.constexpr):
+    """Each 8 fp16 values of a thread as a chunk of 16 bytes. ``to`` is ``area`` plus the place in a slot, of the first of 8."""
+    TEXT: gl.constexpr = _send_text(AREA, SLOT, 4, 8)
+    gl.inline_asm_elementwise(TEXT, _registers(8, 20), [values, area, to], dtype=gl.int32, is_pure=False, pack=8)
+
+
+@jit
+def send_pairs(values, area, to, SLOT: gl.constexpr, AREA: gl.constexpr):
+    """Each 2 fp16 values of a thread, likewise."""
+    TEXT: gl.constexpr = _send_text(AREA, SLOT, 1, 2)
+    gl.inline_asm_elementwise(TEXT, _registers(2, 5), [values, area, to], dtype=gl.int32, is_pure=False, pack=2)
+
+
+@jit
+def send_floats(values, area, to, SLOT: gl.constexpr, AREA: gl.constexpr):
+    """Each fp32 value, likewise."""
+    TEXT: gl.constexpr = _send_text(AREA, SLOT, 1, 1)
+    gl.inline_asm_elementwise(TEXT, "=&r,f,r,r", [values, area, to], dtype=gl.int32, is_pure=False, pack=1)
