@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..operands import Operand
@@ -79,7 +80,7 @@ def _told(reasons: list[tuple[str, str]]) -> str:
 def _tell(backend: Backend, reasons: list[tuple[str, str]], forced: bool) -> str:
     """Which backend runs and why, on one line; logged the first time."""
     told = f"{backend.name} ({'forced' if forced else _told(reasons) or 'first choice'})"
-    if told not in _logged:
+    if told not in _logged and not torch.compiler.is_compiling():  # which takes no logging into a graph
         _logged.add(told)
         logger.info("scan backend: %s", told)
     return told

@@ -1,0 +1,54 @@
+"""The choice of what runs a scan, as torch.compile meets it: traced, on the first call as on any other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_helpers import matmul_precision
+from scan_helpers import build
+
+from gruqat_hf.scan import dispatch
+from gruqat_hf.scan.hopper import cluster
+from gruqat_hf.scan.triton import device
+
+
+def test_the_first_call_may_be_a_compiled_one(monkeypatch):
+    """Nothing was logged yet, and logging would break the graph."""
+    layer, x = build({"kind": "dense"}, "int8_state16", 8, 4, torch.device("cpu")), torch.randn(5, 3, 4)
+    layer.backend = None
+    monkeypatch.setattr(dispatch, "_logged", set())
+    torch._dynamo.reset()
+    with torch.no_grad():
+        found = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)[0]
+        assert torch.equal(found, layer(x)[0])
+
+
+@pytest.mark.parametrize("recipe", [None, "int8_state16"])
+@pytest.mark.parametrize(
+    "structure, family",
+    [
+        ({"kind": "diagonal"}, "diagonal"),
+        ({"kind": "blockdiag", "nblocks": 8}, "hopper_block_diagonal"),
+        ({"kind": "dense"}, "hopper_dense"),
+        ({"kind": "monarch", "nblocks": 8}, "hopper_monarch"),
+    ],
+)
+def test_compilers_see_through_the_choice_on_a_hopper_gpu(monkeypatch, structure, family, recipe):
+    """Traced only: this machine need not have such a GPU."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(device, "_refuses_device", lambda *_: None)
+    monkeypatch.setattr(device, "_device_facts", lambda *_: device.DeviceFacts(132, 232448, (9, 0)))
+    monkeypatch.setattr(cluster, "clusters_at_once", lambda *_: 7)
+    layer = build(structure, recipe, 512, 16, torch.device("cpu"))
+    layer.backend = None
+    families: list[str] = []
+
+    def trace(graph: torch.fx.GraphModule, _: object) -> None:
+        calls = [node for node in graph.graph.nodes if "triton_scan" in str(node.target)]
+        families.extend(argument for node in calls for argument in node.args if isinstance(argument, str))
+        raise NotImplementedError("traced")
+
+    torch._dynamo.reset()
+    with matmul_precision("high"), pytest.raises(Exception, match="traced"):
+        torch.compile(layer, fullgraph=True, backend=trace)(torch.randn(5, 3, 16))
+    assert families == [family]
