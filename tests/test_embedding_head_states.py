@@ -192,7 +192,9 @@ class TestCheckpoints:
     @pytest.mark.parametrize("state", ["qat", "frozen"])
     def test_another_number_of_labels(self, tmp_path, state):
         model_of("sequence", state).save_pretrained(tmp_path / "head")
-        with pytest.raises(ValueError, match=r"misshapen: classifier.weight(.|\n)*AutoModel.from_pretrained"):
+        with pytest.raises(
+            ValueError, match=r"its size for good(.|\n)*AutoModel.from_pretrained(.|\n)*misshapen: classifier.weight"
+        ):
             AutoModelForSequenceClassification.from_pretrained(tmp_path / "head", num_labels=5, ignore_mismatched_sizes=True)
         AutoModel.from_pretrained(tmp_path / "head").save_pretrained(tmp_path / "base")
         again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=5)
@@ -376,6 +378,20 @@ class TestResizing:
         grown = model.model.embed_tokens.quantizer
         assert grown.layout == ScaleLayout((30, 8), (30, 1)) and not grown.fake_quant_enabled
         assert (grown.observer.max_val[:VOCABULARY] == 7.0).all() and (grown.observer.max_val[VOCABULARY:] != 7.0).all()
+
+    @pytest.mark.parametrize("state", ["float", "qat"])
+    def test_below_the_padding_token(self, tmp_path, state, caplog):
+        model = model_of("lm", state, pad_token_id=20)
+        model.resize_token_embeddings(21)
+        assert model.config.pad_token_id == 20
+        model.resize_token_embeddings(10)
+        assert (
+            model.config.pad_token_id is model.generation_config.pad_token_id is None
+            and model.model.embed_tokens.padding_idx is None
+        )
+        assert "pad_token_id was 20" in caplog.text
+        model.save_pretrained(tmp_path)
+        assert torch.equal(run(GruQatForCausalLM.from_pretrained(tmp_path), ids() % 10), run(model, ids() % 10))
 
     @pytest.mark.parametrize("head", ["lm", "sequence"])
     def test_frozen_is_refused(self, head):

@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 from model_helpers import KINDS, features, in_state, output_of, small_config, small_model
 from transformers import AutoModelForSequenceClassification
 
-from gruqat_hf import GruQatModel
+from gruqat_hf import PRESETS, GruQatModel
 from gruqat_hf.hub.registration import MODELS
 from gruqat_hf.sharing import card as cards
 from gruqat_hf.sharing.card import MARKER, model_card, pipeline_tag
@@ -269,3 +269,11 @@ def test_published_cards_are_made_from_their_results(path):
 
 def test_the_template_is_the_package_s():
     assert (ROOT / "model_cards" / "template.md").read_text() == cards.TEMPLATE.read_text()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "model_cards").glob("*/results.json")), ids=lambda path: path.parent.name)
+def test_a_recipe_with_a_presets_name_is_that_preset(path):
+    """A recipe's name takes no part in comparisons, so that a preset which changed would leave its cards behind unseen."""
+    recipe = json.loads(path.read_text(encoding="utf-8"))["recipe"]
+    assert recipe["name"] in PRESETS
+    assert recipe == json.loads(json.dumps(PRESETS[recipe["name"]].to_dict()))

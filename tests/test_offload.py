@@ -33,3 +33,31 @@ def test_an_embedding_and_a_head_on_disk(tmp_path, state, on_disk):
     where = {"model.embed_tokens": "cpu", "model.stack": "cpu", "lm_head": "cpu", on_disk: "disk"}
     offloaded = GruQatForCausalLM.from_pretrained(tmp_path / "model", device_map=where, offload_folder=tmp_path / "disk")
     assert torch.equal(run(offloaded, ids()), run(model, ids()))
+
+
+@pytest.mark.parametrize("state", ["float", "qat", "frozen"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_everything_on_disk(tmp_path, state, tied):
+    model = head_model("lm", state, input_size=16, tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path / "model")
+    names = ["model.embed_tokens", "model.stack.layers.0", "model.stack.layers.1", "lm_head"]
+    offloaded = GruQatForCausalLM.from_pretrained(
+        tmp_path / "model", device_map=dict.fromkeys(names, "disk"), offload_folder=tmp_path / "disk"
+    )
+    x, expected = ids(), run(model, ids())
+    assert torch.equal(run(offloaded, x), expected)
+    assert offloaded.model.embed_tokens._kept is None and offloaded.lm_head._kept is None
+    stream, whole = offloaded.stream(4), model.stream(4)
+    assert torch.equal(stream.state_dict()["state"], whole.state_dict()["state"])
+    for _ in range(2):
+        assert torch.equal(stream(x[:, :3]), whole(x[:, :3]))
+        saved = stream.state_dict()
+        rest = stream(x[:, 3:])
+        stream.load_state_dict(saved)
+        assert torch.equal(stream(x[:, 3:]), rest)
+        stream.reset(torch.tensor([0, 2]))
+        whole(x[:, 3:])
+        whole.reset(torch.tensor([0, 2]))
+        assert torch.equal(stream(x), whole(x))
+        stream.reset()
+        whole.reset()

@@ -194,6 +194,8 @@ class TestRefuses:
             ({}, "nothing"),
             ({**good, "state": good["state"][:, :1]}, r"\[2, 2, 16\].*got \[2, 1, 16\]"),
             ({**good, "state": good["state"].double()}, "float64"),
+            ({**good, "state": good["state"] * torch.nan}, "NaN"),
+            ({**good, "seen_steps": torch.tensor(-1)}, "at least 0, got -1"),
         ]:
             with pytest.raises(ValueError, match=message):
                 stream.load_state_dict(bad)

@@ -11,6 +11,9 @@ EXACT_LIMIT = 1 << 24
 #: Wider codes are cut into a high and a low part, ``256 * high + low``, that tensor cores hold exactly.
 _BYTE = 256
 
+#: So many weights of int8 become fp32 at a time on a CPU, as stay in its cache until they are multiplied.
+_BLOCK = 1 << 18
+
 
 def integer_matmul(a: Tensor, b: Tensor, largest_product: int) -> Tensor:
     """``a @ b`` for integer-valued fp32 tensors, equal to the exact integer result rounded once to fp32.
@@ -19,17 +22,33 @@ def integer_matmul(a: Tensor, b: Tensor, largest_product: int) -> Tensor:
     added in float64 (exact below 2**53).
 
     Args:
-        a: ``[..., n, k]``; b: ``[..., k, m]``; integer values of at most 8 bits (9 for an affine activation).
+        a: ``[..., n, k]``; b: ``[..., k, m]``; integer values of at most 8 bits (9 for an affine activation); ``b`` may be
+            held in int8 where it is ``[k, m]``.
         largest_product: largest absolute value of one product of codes.
     """
     k = a.shape[-1]
     piece = max(1, (EXACT_LIMIT - 1) // largest_product)
     if k <= piece:
-        return torch.matmul(a, b)
-    total = torch.matmul(a[..., :piece], b[..., :piece, :]).double()
+        return _product(a, b)
+    total = _product(a[..., :piece], b[..., :piece, :]).double()
     for start in range(piece, k, piece):
-        total = total + torch.matmul(a[..., start : start + piece], b[..., start : start + piece, :]).double()
+        total = total + _product(a[..., start : start + piece], b[..., start : start + piece, :]).double()
     return total.float()
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b``; a wide ``b`` ``[k, m]`` of int8 becomes fp32 a block of columns at a time, with no copy of it in fp32."""
+    if b.dtype != torch.int8:
+        return torch.matmul(a, b)
+    k, columns = b.shape
+    width = max(1, _BLOCK // k)
+    if a.device.type != "cpu" or columns <= width or torch.compiler.is_compiling():
+        return torch.matmul(a, b.float())
+    out = a.new_empty(*a.shape[:-1], columns)
+    for start in range(0, columns, width):
+        block = slice(start, start + width)
+        out[..., block] = torch.matmul(a, b[:, block].float())
+    return out
 
 
 class _WideProduct(torch.autograd.Function):
@@ -38,37 +57,32 @@ class _WideProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, a: Tensor, b: Tensor, largest_a: int, largest_b: int) -> Tensor:
         ctx.save_for_backward(a, b)  # type: ignore[attr-defined]
-        return _wide_matmul(a, b, largest_a, largest_b)
+        return split_matmul(a, b, largest_a, largest_b)
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         a, b = ctx.saved_tensors  # type: ignore[attr-defined]
-        of_a = grad @ b.mT if ctx.needs_input_grad[0] else None  # type: ignore[attr-defined]
+        of_a = grad @ b.mT.to(grad.dtype) if ctx.needs_input_grad[0] else None  # type: ignore[attr-defined]
         of_b = a.mT @ grad if ctx.needs_input_grad[1] else None  # type: ignore[attr-defined]
         return of_a, of_b, None, None
 
 
-def _wide_matmul(a: Tensor, b: Tensor, largest_a: int, largest_b: int) -> Tensor:
-    if a.device.type == "cpu":
-        # Exact below 2**53, and as fast as two products in fp32.
-        return (a.double() @ b.double()).float()
-    return split_matmul(a, b, largest_a, largest_b)
-
-
 def split_matmul(a: Tensor, b: Tensor, largest_a: int, largest_b: int) -> Tensor:
-    """:func:`wide_integer_matmul` where float64 is slow or missing: ``a`` is cut into parts that tensor cores hold exactly."""
+    """:func:`wide_integer_matmul` without gradients: ``a`` is cut into parts that tensor cores hold exactly, in one product that
+    reads ``b`` once."""
     high = torch.round(a * (1.0 / _BYTE))
-    low = a - high * _BYTE
+    parts = torch.cat([high, a - high * _BYTE])
     largest_part = max((largest_a + _BYTE // 2) // _BYTE, _BYTE // 2)
     if a.shape[-1] * largest_part * largest_b < EXACT_LIMIT:
         # Both sums are exact, and so is the high one times 256: adding them rounds the exact result, once.
-        return (high @ b).mul_(_BYTE).add_(low @ b)
+        of_high, of_low = _product(parts, b).chunk(2)
+        return (of_high * _BYTE).add_(of_low)
     total = a.new_zeros(*a.shape[:-1], b.shape[-1], dtype=torch.float64)
     piece = max(1, (EXACT_LIMIT - 1) // (largest_part * largest_b))
     for start in range(0, a.shape[-1], piece):
         part = slice(start, start + piece)
-        total += (high[..., part] @ b[..., part, :]).double() * _BYTE
-        total += (low[..., part] @ b[..., part, :]).double()
+        of_high, of_low = _product(parts[:, part], b[part]).double().chunk(2)
+        total += of_high * _BYTE + of_low
     return total.float()
 
 
@@ -79,11 +93,11 @@ def wide_integer_matmul(a: Tensor, b: Tensor, largest_a: int, largest_b: int) ->
     fp32 sums of their products.
 
     Args:
-        a: ``[n, k]``; b: ``[k, m]``; integer values.
+        a: ``[n, k]`` in fp32; b: ``[k, m]`` in fp32 or int8; integer values.
         largest_a, largest_b: largest magnitudes of a code in each.
     """
     if largest_a <= _BYTE:
         return integer_matmul(a, b, largest_a * largest_b)
     if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
         return _WideProduct.apply(a, b, largest_a, largest_b)
-    return _wide_matmul(a, b, largest_a, largest_b)
+    return split_matmul(a, b, largest_a, largest_b)

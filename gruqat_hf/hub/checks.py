@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from ..layers.plain_weight import PlainWeight
 from ..layers.weight import StructuredWeight
-from ..quantization import FakeQuantize, FrozenGrid
+from ..models.parts import heads_of
+from ..quantization import FakeQuantize, FrozenGrid, Observer
 
 _DTYPES = {
     "F64": torch.float64,
@@ -29,8 +30,9 @@ _DTYPES = {
 
 
 _NEW_HEAD = (
-    "\nA quantized head has its size for good. For another number of outputs, load and save the model inside "
-    "(AutoModel.from_pretrained(...).save_pretrained(folder)), and load that with a new head"
+    "the checkpoint has a quantized head of another number of outputs, and a quantized head has its size for good. Load it with "
+    "its own number (num_labels); for another, load and save the model inside (AutoModel.from_pretrained(...)"
+    ".save_pretrained(folder)), and load that with a new head:"
 )
 
 
@@ -73,32 +75,51 @@ def read_headers(files: Iterable[str]) -> dict[str, TensorSpec]:
     return found
 
 
-def check_names(model: PreTrainedModel, spec: Mapping[str, TensorSpec], found: Mapping[str, TensorSpec]) -> None:
-    """Compare what a checkpoint holds with what ``model`` needs; only of another class the head may be missing or left over.
+def check_names(
+    model: PreTrainedModel, spec: Mapping[str, TensorSpec], found: Mapping[str, TensorSpec], new_heads: Iterable[str] = ()
+) -> None:
+    """Compare what a checkpoint holds with what ``model`` needs.
+
+    Args:
+        spec: of the model; found: of the checkpoint.
+        new_heads: paths of output layers that the checkpoint does not bring; only of another class one may be missing.
 
     Raises:
         ValueError: naming the tensors that are missing, extra, misshapen or of another type.
     """
     wanted, given = _body(spec, model.base_model_prefix), _body(found, model.base_model_prefix)
-    resized = False
     problems = [f"missing: {name}" for name in wanted if name not in given]
     problems += [f"extra: {name}" for name in given if name not in wanted]
     for name in wanted.keys() & given.keys():
         problems += _differences(name, wanted[name], given[name])
-    if type(model).__name__ in (model.config.architectures or ()):
-        tied = set(getattr(model, "_tied_weights_keys", None) or ()) if model.config.tie_word_embeddings else set()
-        inside = f"{model.base_model_prefix}."
-        heads = [{name for name in names if not name.startswith(inside)} - tied for names in (spec, found)]
-        if any(name.startswith(inside) for name in spec):
-            problems += [f"missing: {name}" for name in sorted(heads[0] - heads[1])]
-            problems += [f"extra: {name}" for name in sorted(heads[1] - heads[0])]
-            # A float head may have another size on purpose (ignore_mismatched_sizes); codes and scales have no other.
-            quantized = {name.partition(".")[0] for name in heads[0] if not name.startswith(inside) and spec[name].exact}
-            for name in sorted(heads[0] & heads[1]):
-                if name.partition(".")[0] in quantized:
-                    problems += _differences(name, spec[name], found[name])
-                    resized = resized or found[name].shape != spec[name].shape
-    _refuse(problems, _NEW_HEAD if resized else "")
+    wanted, given = (_of_heads(model, names, set(new_heads)) for names in (spec, found))
+    # A tied output layer is in the file once, as the embedding.
+    tied = set(getattr(model, "_tied_weights_keys", None) or ()) if model.config.tie_word_embeddings else set()
+    problems += [f"missing: {name}" for name in sorted(wanted.keys() - given.keys() - tied)]
+    problems += [f"extra: {name}" for name in sorted(given.keys() - wanted.keys())]
+    # A float head may have another size on purpose (ignore_mismatched_sizes); codes and scales have no other.
+    quantized = {name.partition(".")[0] for name in wanted if wanted[name].exact}
+    both = [name for name in sorted(wanted.keys() & given.keys()) if name.partition(".")[0] in quantized]
+    differing = [difference for name in both for difference in _differences(name, wanted[name], given[name])]
+    if not problems and any(_is_resized(name, wanted[name], given[name]) for name in both):
+        raise ValueError(_NEW_HEAD + "".join(f"\n  {difference}" for difference in differing))
+    _refuse(problems + differing)
+
+
+def _is_resized(name: str, wanted: TensorSpec, given: TensorSpec) -> bool:
+    """Whether this is the weight of an output layer of another number of outputs."""
+    is_weight = name.endswith((".weight", ".weight_codes"))
+    return is_weight and given.shape[:1] != wanted.shape[:1] and given.shape[1:] == wanted.shape[1:]
+
+
+def _of_heads(model: PreTrainedModel, names: Mapping[str, TensorSpec], new_heads: set[str]) -> dict[str, TensorSpec]:
+    """Tensors outside the base model that a checkpoint and ``model`` must agree on; of another class, only those of its heads."""
+    inside = f"{model.base_model_prefix}."
+    own_class = type(model).__name__ in (model.config.architectures or ())
+    heads = tuple(f"{path}." for path in heads_of(model) if path not in new_heads)
+    if model is model.base_model:
+        return {}
+    return {name: value for name, value in names.items() if not name.startswith(inside) and (name.startswith(heads) or own_class)}
 
 
 def check_tensors(model: PreTrainedModel, spec: Mapping[str, TensorSpec]) -> None:
@@ -145,39 +166,64 @@ def _bad_values(module: nn.Module) -> list[str]:
     if isinstance(module, (FakeQuantize, FrozenGrid)):
         # A learned scale is a parameter, and its magnitude counts.
         scale = module.scale.abs() if isinstance(module.scale, nn.Parameter) else module.scale
-        problems += _bad_scale("scale", scale)
         config, zero_point = module.config, module.zero_point
+        problems += _bad_scale("scale", scale, config.qmax - (0 if config.symmetric else config.qmin))
         if _readable(zero_point) and not bool(((zero_point >= config.qmin) & (zero_point <= config.qmax)).all()):
             problems.append(f"zero_point: outside [{config.qmin}, {config.qmax}]")
+        for name, expected in module.given_values().items():
+            value = getattr(module, name)
+            if _readable(value) and not torch.equal(value.cpu(), expected):
+                told = f"{_told(value)}, but the recipe's observer 'fixed' with {config.bits} bits makes it {_told(expected)}"
+                problems.append(f"{name}: {told}")
+    elif isinstance(module, Observer):
+        problems += _bad_range(module)
     elif isinstance(module, (StructuredWeight, PlainWeight)) and module.is_frozen:
         if all(_readable(buffer) for buffer in module.buffers(recurse=False)):
             factors = {"weight": module.factor()} if isinstance(module, PlainWeight) else module.operand().factors
             for name, factor in factors.items():
-                problems += _bad_scale(f"{name}_scale", factor.scale)
+                problems += _bad_scale(f"{name}_scale", factor.scale, factor.qmax)
                 if bool((factor.values.to(torch.int16).abs() > factor.qmax).any()):
                     problems.append(f"{name}_codes: a code outside [{-factor.qmax}, {factor.qmax}]")
     return problems
 
 
-def _bad_scale(name: str, scale: Tensor | None) -> list[str]:
+def _bad_range(observer: Observer) -> list[str]:
+    low, high, count = observer.min_val, observer.max_val, observer.count
+    bounds = {"min_val": low, "max_val": high}
+    problems = [f"{name}: NaN or infinite" for name, t in bounds.items() if _readable(t) and not bool(torch.isfinite(t).all())]
+    if not problems and _readable(low) and _readable(high) and bool((low > high).any()):
+        problems.append("min_val: above max_val")
+    if _readable(count) and bool(count < 0):
+        problems.append("count: negative")
+    return problems
+
+
+def _bad_scale(name: str, scale: Tensor | None, qmax: int) -> list[str]:
     if not _readable(scale):
         return []
     if not bool(torch.isfinite(scale).all()):
         return [f"{name}: NaN or infinite"]
     if not bool((scale > 0).all()):
         return [f"{name}: not positive"]
+    if not bool(torch.isfinite(scale * qmax).all()):
+        return [f"{name}: so large that codes stand for infinity"]
     return [] if bool(torch.isfinite(1.0 / scale).all()) else [f"{name}: too small to divide by"]
+
+
+def _told(value: Tensor) -> str:
+    """One number where all are the same."""
+    low, high = value.min().item(), value.max().item()
+    return f"{low:.6g}" if low == high else f"{low:.6g} to {high:.6g}"
 
 
 def _readable(tensor: Tensor | None) -> bool:
     return tensor is not None and tensor.device.type != "meta"
 
 
-def _refuse(problems: list[str], hint: str = "") -> None:
+def _refuse(problems: list[str]) -> None:
     if problems:
         shown = problems[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])
         raise ValueError(
             "the checkpoint does not fit its config.json; it may be damaged, edited, or of another state or structure:"
             + "".join(f"\n  {problem}" for problem in shown)
-            + hint
         )

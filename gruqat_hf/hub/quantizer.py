@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.quantizers.base import HfQuantizer
 
 from ..layers.lifecycle import fake_quantizers
-from ..models.parts import heads_of
+from ..models.parts import heads_of, require_one_table
 from .checks import TensorSpec, check_names, check_tensors, read_headers, spec_of
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class GruQatHfQuantizer(HfQuantizer):
     def __init__(self, quantization_config: GruQatQuantizationConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._spec: dict[str, TensorSpec] = {}
-        self._new_heads: list[WideLinear] = []
+        self._new_heads: dict[str, WideLinear] = {}
         self._state_dict: Mapping[str, Tensor] | None = None
 
     @contextmanager
@@ -72,24 +72,25 @@ class GruQatHfQuantizer(HfQuantizer):
             return model
         found = read_headers(checkpoint_files) if checkpoint_files else None
         model.attach_quantizers(self.quantization_config.recipe)
-        self._new_heads = [] if found is None else _new_heads(model, found)
+        self._new_heads = {} if found is None else _new_heads(model, found)
         if self.quantization_config.state == "frozen":
-            for head in self._new_heads:
+            for head in self._new_heads.values():
                 head.abandon_qat()  # its random weights have to be trained, in float
             model.freeze_modules()
         self._spec = spec_of(model)
         if found is not None:
             # Before anything is allocated: a damaged config may ask for any size, and the loader casts what it reads.
-            check_names(model, self._spec, found)
+            check_names(model, self._spec, found, self._new_heads)
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.pre_quantized:
             for quantizer in fake_quantizers(model):
                 quantizer.forget_calibration_state()
-            for head in self._new_heads:
+            for head in self._new_heads.values():
                 head.renew_quantizer()
             check_tensors(model, self._spec)
+            _refuse_two_tables(model)
             return model
         model.prepare_qat(self.quantization_config)
         if self.quantization_config.state == "frozen":
@@ -112,16 +113,27 @@ class GruQatHfQuantizer(HfQuantizer):
         return model.dequantize(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
 
 
-def _new_heads(model: PreTrainedModel, found: Mapping[str, TensorSpec]) -> list[WideLinear]:
-    """Heads that another class's checkpoint does not have, or not in this size: they start from random weights."""
+def _new_heads(model: PreTrainedModel, found: Mapping[str, TensorSpec]) -> dict[str, WideLinear]:
+    """Heads, by path, that another class's checkpoint has nothing of, or not in this size: they start from random weights."""
     if type(model).__name__ in (model.config.architectures or ()):
-        return []
-    new = []
+        return {}
+    new = {}
     for path, head in heads_of(model).items():
         held = found.get(f"{path}.weight", found.get(f"{path}.weight_codes"))
-        if held is None or held.shape[:1] != (head.out_features,):
-            new.append(head)
+        resized = held is not None and held.shape[:1] != (head.out_features,)
+        if resized or not any(name.startswith(f"{path}.") for name in found):
+            new[path] = head
     return new
+
+
+def _refuse_two_tables(model: PreTrainedModel) -> None:
+    try:
+        require_one_table(model)
+    except ValueError as error:
+        raise ValueError(
+            "the checkpoint holds lm_head.weight beside the embedding that its config.json ties it to, and they differ; one of "
+            "them, or tie_word_embeddings, was edited. Save it again from the model it came from"
+        ) from error
 
 
 def _require_calibrated(model: PreTrainedModel) -> None:

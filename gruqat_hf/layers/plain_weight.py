@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..operands import Factor
 from ..quantization import FakeQuantize, QuantizerConfig, ScaleLayout, scheme_class
 from ..quantization.fp32 import KeepsFloat32
 from .codes import FrozenFactor, drop_codes, store_codes
 from .lifecycle import QuantState
+from .plan_cache import Watch
 
 
 class PlainWeight(KeepsFloat32, nn.Module):
@@ -35,6 +37,7 @@ class PlainWeight(KeepsFloat32, nn.Module):
         self.quantizers = nn.ModuleDict()
         self.quantizer_config: QuantizerConfig | None = None
         self._frozen: FrozenFactor | None = None
+        self._kept: tuple[Watch, Factor] | None = None
 
     @property
     def quantizer(self) -> FakeQuantize | None:
@@ -95,7 +98,7 @@ class PlainWeight(KeepsFloat32, nn.Module):
     def abandon_qat(self) -> None:
         """Take the quantizers off again, as if prepare_qat had not been called."""
         self.quantizers = nn.ModuleDict().train(self.training)
-        self.quantizer_config = None
+        self.quantizer_config = self._kept = None
 
     @torch.no_grad()
     def fit_quantizer(self) -> None:
@@ -128,6 +131,38 @@ class PlainWeight(KeepsFloat32, nn.Module):
         quantized = None if quantizer is None else quantizer.quantize_weight(self.weight)
         return Factor(self.weight.float()) if quantized is None else Factor(*quantized, quantizer.config.qmax)
 
+    def table(self) -> Factor:
+        """As :meth:`factor`; in eval mode without gradients the codes of QAT are kept, as int8, until something changes."""
+        quantizer = self.quantizer
+        if quantizer is None or torch.is_grad_enabled() or not self._can_keep(quantizer):
+            self._kept = None  # a training step may follow, and fused optimizers change weights without counting a version
+            return self.factor()
+        kept = self._kept
+        if kept is None or not kept[0].sees_no_change():
+            watch, factor = Watch(self), self.factor()
+            kept = self._kept = watch, Factor(factor.values.to(torch.int8), factor.scale, factor.qmax)
+        return kept[1]
+
+    def _can_keep(self, quantizer: FakeQuantize) -> bool:
+        # Offloaded weights are to leave no copy in memory; FSDP gathers its own at addresses and version numbers that may repeat.
+        borrowed = hasattr(self, "_hf_hook") or getattr(self, "_is_fsdp_managed_module", False)
+        if borrowed or torch.compiler.is_compiling() or self.weight is None or self.weight.device.type == "meta":
+            return False
+        return quantizer.is_active and not quantizer.is_watching
+
+    def train(self, mode: bool = True) -> PlainWeight:
+        """As torch.nn.Module's; also forgets what was kept of the weight: it may have been swapped through ``.data``."""
+        self._kept = None
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PlainWeight:
+        self._kept = None
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, object]:
+        # What is kept belongs to this object's tensors; a copy or a pickle makes its own.
+        return {**self.__dict__, "_kept": None}
+
     def uncalibrated(self) -> list[str]:
         """Names of the quantizers that have no scale yet."""
         return [module.name for module in self.modules() if isinstance(module, FakeQuantize) and not module.is_calibrated]
@@ -153,7 +188,7 @@ class PlainWeight(KeepsFloat32, nn.Module):
             assert self.quantizer_config is not None and factor.scale is not None
             self._frozen = store_codes(self, "weight", factor.values.to(torch.int8), factor.scale, self.quantizer_config)
             self.quantizers = nn.ModuleDict().train(self.training)
-            self.weight = None
+            self.weight = self._kept = None
 
     @torch.no_grad()
     def dequantize(self) -> None:

@@ -84,6 +84,7 @@ class StructuredWeight(KeepsFloat32, nn.Module):
                 known_range = 1.0 if device.type == "meta" else float(operand.first.values.abs().sum(-1).max()) or 1.0
             layout = ScaleLayout.of_activation(mid, (gates, blocks, rank))
             self.mid = scheme_class(mid.scheme)(mid, layout, known_range=known_range, name=f"{self.name}.mid", device=device)
+            self.mid.range_follows_weights = unit_input
 
     def operand(self) -> Operand:
         """The operand as the present state has it; differentiable with respect to the structure's parameters."""

@@ -11,13 +11,14 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from ..layers import QuantState
+from ..layers.lifecycle import LifecycleError
 from ..operands import Factor
 from .cache import GruQatCache
 from .configuration_gruqat import GruQatConfig
 from .embedding import QuantizableEmbedding
-from .linear import VocabularyLinear, run_head
+from .linear import WideLinear, run_head
 from .modeling_gruqat import GruQatModel
-from .parts import is_tied
+from .parts import FROZEN_PART, is_tied
 from .pretrained import GruQatPreTrainedModel
 
 
@@ -35,7 +36,7 @@ class GruQatForCausalLM(GruQatPreTrainedModel, GenerationMixin):
         _check(config)
         super().__init__(config)
         self.model = GruQatModel(config)
-        self.lm_head = VocabularyLinear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = WideLinear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Linear:
@@ -46,13 +47,15 @@ class GruQatForCausalLM(GruQatPreTrainedModel, GenerationMixin):
         """Take over the weight (and bias) of ``new_embeddings``; resize_token_embeddings() passes a plain nn.Linear.
 
         In QAT the new layer is quantized as the old one was.
+
+        Raises:
+            LifecycleError: the old one is frozen.
         """
         old = self.lm_head
-        out_features, in_features = new_embeddings.weight.shape
-        self.lm_head = VocabularyLinear(in_features, out_features, bias=new_embeddings.bias is not None, device="meta")
-        self.lm_head.weight, self.lm_head.bias = new_embeddings.weight, new_embeddings.bias
-        self.lm_head.train(self.training)
-        if isinstance(old, VocabularyLinear):
+        if isinstance(old, WideLinear) and (old.weight is None or old.quant_state == QuantState.FROZEN):
+            raise LifecycleError(FROZEN_PART.format(call="set_output_embeddings", part="output layer"))
+        self.lm_head = WideLinear.of(new_embeddings).train(self.training)
+        if isinstance(old, WideLinear):
             self.lm_head.take_quantizers(old)
         # transformers' mark that there is nothing to initialise.
         self.lm_head._is_hf_initialized = getattr(new_embeddings, "_is_hf_initialized", False)
@@ -60,8 +63,15 @@ class GruQatForCausalLM(GruQatPreTrainedModel, GenerationMixin):
     def _table(self) -> Factor | None:
         """The quantized weight of the embedding that the output layer is tied to; None where it has one of its own."""
         embedding = self.model.embed_tokens
-        shares = is_tied(self) and isinstance(embedding, QuantizableEmbedding) and embedding.quant_state != QuantState.FLOAT
-        return embedding(None) if shares else None
+        if not (is_tied(self) and isinstance(embedding, QuantizableEmbedding)) or embedding.quant_state == QuantState.FLOAT:
+            return None
+        hook = getattr(embedding, "_hf_hook", None)  # accelerate's, which brings offloaded weights to the device
+        if hook is None:
+            return embedding.table()
+        hook.pre_forward(embedding)
+        table = embedding.table()
+        hook.post_forward(embedding, None)
+        return table
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
         """Which weights transformers keeps the same; none where codes take their place, which the embedding alone holds."""
@@ -101,13 +111,15 @@ class GruQatForCausalLM(GruQatPreTrainedModel, GenerationMixin):
         # Not in the signature: Trainer takes every argument with "label" in its name for one that evaluation needs.
         targets = kwargs.pop("shift_labels", None)
         if targets is None and labels is not None:
+            _check_labels(labels, inputs_embeds if input_ids is None else input_ids)
             targets = _next_tokens(labels, attention_mask)
         if targets is not None and not (keeps_all and prefill_chunk_size is None):
             raise ValueError("labels need the logits of every step: leave out logits_to_keep and prefill_chunk_size")
+        table = self._table()  # once, for both who read it: an observer is to see it once a pass
         if prefill_chunk_size is not None:
             # The rest of the arguments is for the last part; the cache takes the others in.
             input_ids, inputs_embeds, attention_mask, past_key_values = self._read_ahead(
-                prefill_chunk_size, input_ids, inputs_embeds, attention_mask, past_key_values, use_cache
+                prefill_chunk_size, input_ids, inputs_embeds, attention_mask, past_key_values, use_cache, table
             )
         outputs = self.model(
             input_ids=input_ids,
@@ -116,10 +128,13 @@ class GruQatForCausalLM(GruQatPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            embedding_table=table,
             return_dict=True,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = run_head(self.lm_head, outputs.last_hidden_state[:, kept], table=self._table())
+        # Sums over a vocabulary in float64 cost too much where training, or a float model, needs no equal bits.
+        wide_sums = not self.training and self.quant_state != QuantState.FLOAT
+        logits = run_head(self.lm_head, outputs.last_hidden_state[:, kept], table=table, wide_sums=wide_sums)
         loss = None
         if targets is not None:
             loss = self.loss_function(
@@ -137,6 +152,7 @@ class GruQatForCausalLM(GruQatPreTrainedModel, GenerationMixin):
         mask: Tensor | None,
         past: GruQatCache | Tensor | None,
         use_cache: bool | None,
+        table: Factor | None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, GruQatCache]:
         """Read all parts but the last; gives the last one, its mask and the cache."""
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
@@ -149,7 +165,7 @@ class GruQatForCausalLM(GruQatPreTrainedModel, GenerationMixin):
         # The mask may reach back over what the cache has read: its last entries are those of x.
         masks = [None] * len(parts) if mask is None or x is None else mask[:, -x.shape[1] :].split(size, dim=1)
         for part, part_mask in zip(parts[:-1], masks[:-1]):
-            self.model(**{name: part}, attention_mask=part_mask, past_key_values=cache, use_cache=True)
+            self.model(**{name: part}, attention_mask=part_mask, past_key_values=cache, use_cache=True, embedding_table=table)
         last = {"input_ids": None, "inputs_embeds": None, name: parts[-1]}
         return last["input_ids"], last["inputs_embeds"], masks[-1], cache
 
@@ -204,6 +220,11 @@ def _check(config: GruQatConfig) -> None:
             f"GruQatConfig.tie_word_embeddings=True needs hidden_size == input_size, got {config.hidden_size} and "
             f"{config.input_size}; make them equal, or use tie_word_embeddings=False"
         )
+
+
+def _check_labels(labels: Tensor, x: Tensor | None) -> None:
+    if x is not None and labels.shape != x.shape[:2]:
+        raise ValueError(f"labels must be {list(x.shape[:2])}, one for each step of the input, got {list(labels.shape)}")
 
 
 def _next_tokens(labels: Tensor, mask: Tensor | None) -> Tensor:

@@ -25,19 +25,25 @@ class QuantizableEmbedding(PlainWeight, nn.Embedding):
         new.weight = embedding.weight
         return new.train(embedding.training)
 
-    def forward(self, input: Tensor | None) -> Tensor | Factor:
-        """Ids ``[...]`` → ``[..., embedding_dim]``; None gives the whole weight, for an output layer that is tied to it.
+    def forward(self, input: Tensor, table: Factor | None = None) -> Tensor:
+        """Ids ``[...]`` → ``[..., embedding_dim]``.
+
+        Args:
+            table: what :meth:`table` gave, where the caller has it already: an observer is to see the weight once a pass.
 
         Raises:
             IndexError: an id out of range.
         """
-        if input is None:
-            return self.factor()  # by a call of the module, on which hooks bring offloaded parameters to the device
         if self._frozen is not None:
-            scale = self.weight_scale
             rows = self._frozen.unpack(nn.functional.embedding(input, self.weight_codes))
-            return Factor(rows, scale if scale.shape[0] == 1 else nn.functional.embedding(input, scale)).dequantize()
+            return Factor(rows, self._scale_of(self.weight_scale, input)).dequantize()
         if self.quantizer is None:
             return nn.Embedding.forward(self, input)
-        table = with_idle_scales(self, self.factor().dequantize())
-        return nn.functional.embedding(input, table, self.padding_idx)
+        table = self.table() if table is None else table
+        rows = nn.functional.embedding(input, table.values, self.padding_idx)
+        if table.scale is not None:
+            rows = Factor(rows, self._scale_of(table.scale, input)).dequantize()
+        return with_idle_scales(self, rows)
+
+    def _scale_of(self, scale: Tensor, input: Tensor) -> Tensor:
+        return scale if scale.shape[0] == 1 else nn.functional.embedding(input, scale, self.padding_idx)

@@ -15,7 +15,16 @@ from ..layers import GRUStack, QuantState
 from ..layers.lifecycle import require_calibrated, require_state, run_calibration
 from ..layers.report import Report, report
 from ..quantization import QuantRecipe
-from .parts import dequantize_parts, freeze_parts, parts_of, prepare_parts, recipe_in_force
+from .parts import (
+    dequantize_parts,
+    freeze_parts,
+    lags_behind,
+    parts_of,
+    prepare_parts,
+    recipe_in_force,
+    require_one_state,
+    require_one_table,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -54,9 +63,11 @@ class LifecycleMixin:
             config: a GruQatQuantizationConfig, a QuantRecipe, a dict of either, or a preset's name.
 
         Raises:
-            ValueError: no such recipe, or one that the layers, the embedding or the head cannot have; nothing is changed.
+            ValueError: no such recipe, or one that the layers, the embedding or the head cannot have; or a model that ties its
+                output layer to the embedding but was loaded with another weight there; nothing is changed.
             LifecycleError: the model is not in the float state.
         """
+        require_one_table(self)  # type: ignore[arg-type]
         self.attach_quantizers(recipe_of(config))
         self.sync_quantization()
         return self
@@ -98,11 +109,14 @@ class LifecycleMixin:
     def freeze(self) -> Self:
         """Replace quantized weights by integers and observers by fixed grids; returns itself.
 
+        It also brings along an embedding and a head that a call on the stack or the base model alone left behind.
+
         Raises:
             LifecycleError: the model is not in the QAT state, or a quantizer has observed nothing yet; nothing is changed.
             ValueError: a weight with NaN or infinity in it; nothing is changed.
         """
-        require_state("freeze", self.quant_state, QuantState.QAT)
+        if not lags_behind(self, QuantState.FROZEN):  # type: ignore[arg-type]
+            require_state("freeze", self.quant_state, QuantState.QAT)
         require_calibrated(self.uncalibrated())
         for part in parts_of(self):  # type: ignore[arg-type]
             part.require_finite()
@@ -112,13 +126,16 @@ class LifecycleMixin:
 
     def freeze_modules(self) -> None:
         """The part of :meth:`freeze` that changes modules."""
-        self.get_stack().freeze()
+        stack = self.get_stack()
+        if stack.quant_state == QuantState.QAT:
+            stack.freeze()
         freeze_parts(self)  # type: ignore[arg-type]
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Self:
         """Make a frozen model a float one with the values its integers stand for; returns itself.
 
-        Butterfly and ldr weights come back dense, and the config says so.
+        Butterfly and ldr weights come back dense, and the config says so. It also brings along an embedding and a head that a
+        call on the stack or the base model alone left behind.
 
         Args:
             dtype: of the result; None keeps the model's.
@@ -127,14 +144,20 @@ class LifecycleMixin:
             LifecycleError: the model is not frozen.
         """
         dtype = self.dtype if dtype is None else dtype  # type: ignore[attr-defined]
-        self.get_stack().dequantize()
+        if not lags_behind(self, QuantState.FLOAT):  # type: ignore[arg-type]
+            self.get_stack().dequantize()
         dequantize_parts(self)  # type: ignore[arg-type]
         self.sync_quantization()
         return self.to(dtype)  # type: ignore[attr-defined]
 
     def sync_quantization(self) -> None:
-        """Make config and quantizer say what the layers are: a config that claims otherwise would be saved with the weights."""
+        """Make config and quantizer say what the layers are: a config that claims otherwise would be saved with the weights.
+
+        Raises:
+            LifecycleError: embedding or head are in a state that the layers are not in.
+        """
         stack = self.get_stack()
+        require_one_state(self)  # type: ignore[arg-type]
         config = self.config  # type: ignore[attr-defined]
         layer = next(stack.flat_layers())
         config.structure_hidden, config.structure_input = layer.structure_hidden, layer.structure_input

@@ -11,10 +11,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, SequenceClass
 from transformers.utils import can_return_tuple
 
 from ..layers import GRUStack
+from ..layers.lifecycle import LifecycleError
+from ..operands import Factor
 from .cache import GruQatCache, initial_state
 from .configuration_gruqat import GruQatConfig
 from .embedding import QuantizableEmbedding
 from .linear import WideLinear, run_head
+from .parts import FROZEN_PART
 from .pretrained import GruQatPreTrainedModel
 from .torch_gru import config_of, read_gru, write_gru
 
@@ -62,8 +65,14 @@ class GruQatModel(GruQatPreTrainedModel):
         return self.embed_tokens
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Put ``value`` in the place of the embedding; in QAT it is quantized as that was."""
+        """Put ``value`` in the place of the embedding; in QAT it is quantized as that was.
+
+        Raises:
+            LifecycleError: the embedding is frozen.
+        """
         old = self.embed_tokens
+        if isinstance(old, QuantizableEmbedding) and old.is_frozen:
+            raise LifecycleError(FROZEN_PART.format(call="set_input_embeddings", part="embedding"))
         if isinstance(old, QuantizableEmbedding) and old.quantizer is not None and type(value) is nn.Embedding:
             value = QuantizableEmbedding.of(value)
             value.quantizers, value.quantizer_config = old.quantizers, old.quantizer_config
@@ -80,6 +89,7 @@ class GruQatModel(GruQatPreTrainedModel):
         past_key_values: GruQatCache | Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        embedding_table: Factor | None = None,
         **kwargs: Any,
     ) -> GruQatModelOutput:
         """Run over a batch of sequences.
@@ -93,13 +103,14 @@ class GruQatModel(GruQatPreTrainedModel):
                 tensor ``[num_layers, B, hidden_size]``.
             use_cache: whether to return the state; None for ``config.use_cache``, and False for a bidirectional model.
             output_hidden_states: whether to return the outputs of every layer.
+            embedding_table: the weight of a quantized embedding in its present state, where the caller has it already.
             return_dict: False for a tuple.
 
         Raises:
             ValueError: not exactly one input, a shape that does not fit, or a cache with a bidirectional model.
         """
         config = self.config
-        x = self._embed(input_ids, inputs_embeds)
+        x = self._embed(input_ids, inputs_embeds, embedding_table)
         batch, steps = x.shape[:2]
         if config.bidirectional and (past_key_values is not None or use_cache):
             what = "past_key_values" if past_key_values is not None else "use_cache=True"
@@ -132,7 +143,7 @@ class GruQatModel(GruQatPreTrainedModel):
             pooler_output=torch.cat(tuple(state[-config.num_directions :]), dim=-1),
         )
 
-    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, table: Factor | None) -> Tensor:
         size = self.config.input_size
         if (input_ids is None) == (inputs_embeds is None):
             given = "neither" if input_ids is None else "both"
@@ -144,7 +155,7 @@ class GruQatModel(GruQatPreTrainedModel):
                 )
             if input_ids.dim() != 2:
                 raise ValueError(f"input_ids must be [B, T], got {list(input_ids.shape)}")
-            inputs_embeds = self.embed_tokens(input_ids)
+            inputs_embeds = self.embed_tokens(input_ids, **({} if table is None else {"table": table}))
         if inputs_embeds.dim() != 3 or inputs_embeds.shape[-1] != size:
             raise ValueError(f"inputs_embeds must be [B, T, {size}], got {list(inputs_embeds.shape)}")
         if inputs_embeds.shape[1] == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
-from ..layers.lifecycle import LifecycleError
+from ..layers.lifecycle import LifecycleError, QuantState
 from ..layers.plain_weight import PlainWeight
 from ..layers.recurrent import GRUBase
 from ..layers.weight import StructuredWeight
@@ -21,8 +22,10 @@ from ..sharing.saving import SharingMixin
 from ..structures import Structure
 from .configuration_gruqat import GruQatConfig
 from .lifecycle import LifecycleMixin
-from .parts import parts_of
+from .parts import heads_of, parts_of
 from .streaming import StreamingMixin
+
+logger = logging.getLogger("gruqat_hf")
 
 
 class GruQatPreTrainedModel(LifecycleMixin, StreamingMixin, SharingMixin, PreTrainedModel):
@@ -40,6 +43,12 @@ class GruQatPreTrainedModel(LifecycleMixin, StreamingMixin, SharingMixin, PreTra
         config.check()
         super().__init__(config, *args, **kwargs)
         self.main_input_name = "inputs_embeds" if config.vocab_size is None else "input_ids"
+        self.head_names: tuple[str, ...] = ()
+
+    def post_init(self) -> None:
+        """As transformers'; also notes which modules are output layers, for a user may put others in their place."""
+        super().post_init()
+        self.head_names = tuple(heads_of(self))
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -65,6 +74,7 @@ class GruQatPreTrainedModel(LifecycleMixin, StreamingMixin, SharingMixin, PreTra
         """Change the number of tokens; see ``transformers.PreTrainedModel.resize_token_embeddings``.
 
         In QAT the scales of tokens that stay are kept; an optimizer that learns scales has to be made anew, as for the weights.
+        Where the padding token goes, ``config.pad_token_id`` becomes None, with a warning.
 
         Raises:
             LifecycleError: embedding or output layer are frozen to integers.
@@ -77,6 +87,17 @@ class GruQatPreTrainedModel(LifecycleMixin, StreamingMixin, SharingMixin, PreTra
         embeddings = super().resize_token_embeddings(*args, **kwargs)
         for part in parts_of(self):
             part.fit_quantizer()
+        pad = self.config.pad_token_id
+        if pad is not None and pad >= embeddings.num_embeddings:
+            logger.warning(
+                "resize_token_embeddings() removed the padding token: pad_token_id was %d and is None now; set "
+                "config.pad_token_id to one of the %d tokens left",
+                pad,
+                embeddings.num_embeddings,
+            )
+            for config in (self.config, getattr(self, "generation_config", None)):
+                if config is not None and config.pad_token_id == pad:
+                    config.pad_token_id = None
         return embeddings
 
     @torch.no_grad()
@@ -165,7 +186,8 @@ def _uniform(parameters: Mapping[str, Tensor | None], bound: float) -> dict[str,
 
 
 def _refuse_other_layers(model: GruQatPreTrainedModel, info: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint whose layers hold other tensors than the model's: transformers would warn and draw random weights."""
+    """Refuse a checkpoint that holds other tensors than the model's layers, or codes where embedding or head have a float weight:
+    transformers would warn and draw random weights."""
     names = {id(module): name for name, module in model.base_model.named_modules()}
     inside = f"{names[id(model.get_stack())]}."
 
@@ -173,6 +195,13 @@ def _refuse_other_layers(model: GruQatPreTrainedModel, info: Mapping[str, Any]) 
         bare = (name.removeprefix(f"{model.base_model_prefix}.") for name in info[kind])
         return sorted(name for name in bare if name.startswith(inside))
 
+    parts = {name for name, module in model.named_modules() if isinstance(module, PlainWeight)}
+    codes = [name for name in info["unexpected_keys"] if name.endswith("_codes") and name.rpartition(".")[0] in parts]
+    if codes and model.quant_state == QuantState.FLOAT:
+        raise ValueError(
+            f"the checkpoint holds integers, {', '.join(sorted(codes))}, but its config.json (or the config passed) says float "
+            "there, and the weight would be random; load it with the config it was saved with, quantization_config included"
+        )
     missing, extra = in_layers("missing_keys"), in_layers("unexpected_keys")
     if missing and extra:
         raise ValueError(

@@ -41,7 +41,7 @@ class GruQatStream:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"stream(batch_size) must be an integer of at least 1, got {batch_size!r}")
         self.model, self.batch_size = model, batch_size
-        self._cache = GruQatCache(self._zeros())
+        self._cache = GruQatCache()
 
     @property
     def seen_steps(self) -> int:
@@ -84,39 +84,47 @@ class GruQatStream:
     def reset(self, rows: Tensor | None = None) -> None:
         """Start anew: all sequences, or those of ``rows`` (indices, or a bool for each)."""
         if rows is None:
-            self._cache = GruQatCache(self._zeros())
+            self._cache = GruQatCache()
             return
-        state = self._cache.state.clone()
+        state = self._state().clone()
         state[:, rows.to(state.device)] = 0
         self._cache = GruQatCache(state, self._cache.seen_tokens)
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that a stream remembers: ``state`` ``[num_layers, B, hidden_size]`` and the number of ``seen_steps``."""
-        return {"state": self._cache.state.clone(), "seen_steps": torch.tensor(self.seen_steps)}
+        return {"state": self._state().clone(), "seen_steps": torch.tensor(self.seen_steps)}
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Go on where the stream that gave ``state_dict`` stood.
 
         Raises:
-            ValueError: entries missing or too many, or a state of another shape or type.
+            ValueError: entries missing or too many, a state of another shape or type or with NaN in it, or a count below 0.
         """
         if set(state_dict) != {"state", "seen_steps"}:
             raise ValueError(f"a stream's state_dict has state and seen_steps, got {', '.join(sorted(state_dict)) or 'nothing'}")
-        state, present = state_dict["state"], self._zeros()
+        state, present, seen = state_dict["state"], self._state(), int(state_dict["seen_steps"])
         if state.shape != present.shape or state.dtype != present.dtype:
             raise ValueError(
                 f"this stream has a state {list(present.shape)} of {present.dtype} (num_layers, batch, hidden_size), "
                 f"got {list(state.shape)} of {state.dtype}; make one with the batch size and the model it was saved from"
             )
-        self._cache = GruQatCache(state.to(present.device, copy=True), int(state_dict["seen_steps"]))
+        if not bool(torch.isfinite(state).all()):
+            raise ValueError("the state of a stream is finite, this one holds NaN or infinity; it was damaged, or saved damaged")
+        if seen < 0:
+            raise ValueError(f"seen_steps of a stream is a count of at least 0, got {seen}")
+        self._cache = GruQatCache(state.to(present.device, copy=True), seen)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({type(self.model).__name__}, batch_size={self.batch_size}, seen_steps={self.seen_steps})"
 
-    def _zeros(self) -> Tensor:
+    def _state(self) -> Tensor:
+        """The present state; zeros before the first step."""
+        if self._cache.state is not None:
+            return self._cache.state
         model, config = self.model, self.model.config
         dtype = model.dtype if model.quant_state == QuantState.FLOAT else torch.float32
-        return torch.zeros(config.num_hidden_layers, self.batch_size, config.hidden_size, dtype=dtype, device=model.device)
+        device = "cpu" if model.device.type == "meta" else model.device  # offloaded; each call moves it to where it runs
+        return torch.zeros(config.num_hidden_layers, self.batch_size, config.hidden_size, dtype=dtype, device=device)
 
 
 class StreamingMixin:

@@ -34,6 +34,7 @@ class FakeQuantize(KeepsFloat32, nn.Module):
         calibrating: whether forward passes update the observer in eval mode too.
         fake_quant_enabled: whether forward passes in training mode round. In eval mode they always do, as the frozen model will.
         meter: given one, it counts the values that are clipped.
+        range_follows_weights: whether ``known_range`` was taken from weights, so that no checkpoint's need be the same.
     """
 
     scale: Tensor
@@ -60,6 +61,7 @@ class FakeQuantize(KeepsFloat32, nn.Module):
         self.calibrating = False
         self.fake_quant_enabled = True
         self.meter: SaturationMeter | None = None
+        self.range_follows_weights = False
         self._calibrated: bool | None = None
         values = self.initial_values(device)
         self._register_scale(values["scale"])
@@ -78,6 +80,13 @@ class FakeQuantize(KeepsFloat32, nn.Module):
             bound = torch.full(shape, self.known_range or 1.0, dtype=torch.float32, device=device)
             scale, zero_point = self.scale_from_range(-bound, bound)
         return {"scale": scale} if self.config.symmetric else {"scale": scale, "zero_point": zero_point}
+
+    def given_values(self) -> dict[str, Tensor]:
+        """``scale`` (and ``zero_point``), on the CPU, where config and point alone say them; empty where data or weights do."""
+        from_weights = self.range_follows_weights and self.config.scale is None
+        if self.config.observer != "fixed" or from_weights or isinstance(self.scale, nn.Parameter):
+            return {}
+        return self.initial_values("cpu")
 
     def scale_from_range(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scale (fp32) of the grid that covers ``[low, high]``, and its zero point (int32) or None for a symmetric grid; each

@@ -31,12 +31,17 @@ class FrozenGrid(KeepsFloat32, nn.Module):
                 zero_point = quantizer.zero_point.detach().clone()
         self.register_buffer("scale", scale)
         self.register_buffer("zero_point", zero_point)
+        self._given = quantizer.given_values()
         # In a tuple, so that it is no submodule: a dynamic grid needs its rule, which has no tensors of its own.
         self._rule = (quantizer,) if quantizer.is_dynamic else ()
 
     @property
     def is_dynamic(self) -> bool:
         return bool(self._rule)
+
+    def given_values(self) -> dict[str, Tensor]:
+        """As :meth:`FakeQuantize.given_values`."""
+        return self._given
 
     def grid(self, value: Tensor | None = None) -> Grid:
         """The grid; a dynamic one needs the ``value`` that it is for."""

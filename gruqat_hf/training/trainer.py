@@ -12,6 +12,7 @@ from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import CONFIG_NAME
 
+from ..hub.checks import check_names, read_headers, spec_of
 from ..layers import QuantState
 from ..quantization import QuantRecipe
 from .callback import QATCallback
@@ -71,7 +72,7 @@ class QATTrainer(PublishingMixin, Trainer):
 
         Raises:
             ValueError: ``resume_from_checkpoint=True`` and no checkpoint is complete; a checkpoint that is not; or one of a model
-                in another state or of another recipe.
+                in another state, of another recipe or with other tensors.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
@@ -105,3 +106,6 @@ class QATTrainer(PublishingMixin, Trainer):
                 f"resume_from_checkpoint: {checkpoint} was trained with another recipe than this model's; resume with the recipe "
                 f"that its {CONFIG_NAME} holds, or begin a new training"
             )
+        files = sorted(str(file) for file in checkpoint.glob("model*.safetensors"))
+        if files:
+            check_names(self.model, spec_of(self.model), read_headers(files))
