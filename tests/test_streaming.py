@@ -223,7 +223,7 @@ def test_nothing_piles_up(state):
             stream(x[:, at % 64])
         counts.append(_living())
     assert counts[1][0] - counts[0][0] < 50
-    assert counts[1][1] == counts[0][1]
+    assert counts[1][1] <= counts[0][1]  # fewer, if what other tests left behind goes meanwhile
 
 
 @pytest.mark.slow
