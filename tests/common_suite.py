@@ -185,9 +185,7 @@ class FrozenTextTest(Frozen, Quantized, Common, unittest.TestCase):
     state = "frozen"
     all_model_classes = tuple(in_state(CLASSES[name], "frozen") for name in TEXT)
 
-    @unittest.skip(
-        "sets an nn.Embedding; a frozen one is integers and not replaced: refused with what to do instead"
-    )
+    @unittest.skip("sets an nn.Embedding; a frozen one is integers and not replaced: refused with what to do instead")
     def test_model_get_set_embeddings(self) -> None: ...
 
 
