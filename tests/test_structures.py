@@ -327,6 +327,8 @@ def test_registration_refusals():
         register_structure(nn.Linear)
     with pytest.raises(ValueError, match=r"Mine\.kind must be a name"):
         register_structure(type("Mine", (Structure,), {}))
+    with pytest.raises(ValueError, match=r"Mine\.invertible is True, so it must define parameters_from"):
+        register_structure(type("Mine", (Structure,), {"kind": "mine", "invertible": True}))
     with pytest.raises(ValueError, match="options width are none of"):
         register_structure(type("Mine", (dense,), {"kind": "mine"}), {"width": 2})
     with pytest.raises(ValueError, match="known kinds"):

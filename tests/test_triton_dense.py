@@ -60,7 +60,7 @@ def test_slices_of_a_block_make_up_the_whole(device, monkeypatch):
     the first run fills for the second to read."""
     skip_unless_kernels_run(device)
     if device.type == "cuda":
-        pytest.skip("programs run side by side on a GPU: other tests cover this")
+        pytest.skip("stands in for programs side by side, which test_large_quantized has on a GPU")
     inputs = Case(4, 3, 2, 40, quantized=True, groups=2).inputs("dense", device)
     wanted = Run.of("dense", inputs).states
     forward = Run.of("dense", inputs).module("forward")

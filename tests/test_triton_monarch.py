@@ -77,7 +77,7 @@ def test_slices_make_up_the_whole(device, monkeypatch, case):
     """Single steps, run twice over one exchange buffer, which the first run fills for the second to read."""
     skip_unless_kernels_run(device)
     if device.type == "cuda":
-        pytest.skip("programs run side by side on a GPU: other tests cover this")
+        pytest.skip("stands in for programs side by side, which test_large_quantized has on a GPU")
     inputs = case.inputs("monarch", device)
     h0, gates = inputs.h0, inputs.operand.factors["first"].values.shape[0]
     whole, grads = [], []
@@ -183,7 +183,7 @@ def test_streamed_slices_make_up_the_whole(device, monkeypatch):
     """As in :func:`test_slices_make_up_the_whole`; three rounds, for mid values and states to pass from program to program."""
     skip_unless_kernels_run(device)
     if device.type == "cuda":
-        pytest.skip("programs run side by side on a GPU: other tests cover this")
+        pytest.skip("stands in for programs side by side, which test_large_quantized has on a GPU")
     monkeypatch.setattr(monarch, "_MOST_POSITIONS", 0)
     for name in ("TILE", "DEPTH"):
         monkeypatch.setattr(import_module("gruqat_hf.scan.triton.streamed.tiles"), name, 16)

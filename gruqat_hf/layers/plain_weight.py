@@ -25,10 +25,12 @@ class PlainWeight(KeepsFloat32, nn.Module):
 
     Attributes:
         point: name of the weight's point in QuantRecipe.
+        weight_shape: ``(rows, row)``, whatever the state; where a head is tied, of the table that it shares.
         quantizer_config: how the weight is quantized; None where it is left in float.
     """
 
     point: ClassVar[str]
+    weight_shape: tuple[int, int]
     float32_tensors = frozenset({"weight_scale"})
     weight: nn.Parameter | None
 
@@ -54,11 +56,6 @@ class PlainWeight(KeepsFloat32, nn.Module):
         if self.is_frozen:
             return QuantState.FROZEN
         return QuantState.FLOAT if self.quantizer is None else QuantState.QAT
-
-    @property
-    def weight_shape(self) -> tuple[int, int]:
-        """``(rows, row)``, whatever the state."""
-        raise NotImplementedError
 
     @property
     def scale_count(self) -> int:

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,29 +28,31 @@ BACKEND_VARIABLE = "GRUQAT_BACKEND"
 Plan = Callable[[Tensor, "Tensor | None", "Tensor | None", bool], "tuple[Tensor, Tensor]"]
 
 
+#: Runs the scan that it was selected for: all states ``[T, B, H]`` and the last one ``[B, H]``; differentiable.
+Run = Callable[[], "tuple[Tensor, Tensor]"]
+
+
 @dataclass(frozen=True)
 class Backend:
     """One implementation of the scan.
 
     Attributes:
         name: as ``GRUQAT_BACKEND`` spells it.
-        refuses: why it cannot run a scan, or None if it can.
-        run: all states ``[T, B, H]`` and the last one ``[B, H]``; differentiable.
+        select: what runs a scan, or the reason why this backend cannot.
         prepare: inference of a whole layer for inputs like the one given, or the reason why there is none; None if it never has.
         prepares_dynamic_x: whether it does so for an input grid that is taken from each input.
         product: the input product of rows ``[R, I]`` with bias, ``[R, gates, H]``, or None for the general one; differentiable.
     """
 
     name: str
-    refuses: Callable[[ScanInputs], str | None]
-    run: Callable[[ScanInputs], tuple[Tensor, Tensor]]
+    select: Callable[[ScanInputs], Run | str]
     prepare: Callable[[LayerWeights, Tensor], Plan | str] | None = None
     prepares_dynamic_x: bool = False
     product: Callable[[Operand, Grid | None, Tensor | None, Tensor], Tensor | None] | None = None
 
 
 #: In order of preference; the reference runs everything and comes last.
-BACKENDS: list[Backend] = [Backend("reference", lambda inputs: None, scan_reference)]
+BACKENDS: list[Backend] = [Backend("reference", lambda inputs: partial(scan_reference, inputs))]
 
 _logged: set[str] = set()
 
@@ -102,11 +105,11 @@ def run_scan(inputs: ScanInputs, forced: str | None = None) -> tuple[Tensor, Ten
     candidates, is_forced = _candidates(forced)
     reasons: list[tuple[str, str]] = []
     for backend in candidates:
-        reason = backend.refuses(inputs)
-        if reason is None:
-            states, last = backend.run(inputs)
+        run = backend.select(inputs)
+        if not isinstance(run, str):
+            states, last = run()
             return states, last, _tell(backend, reasons, is_forced)
-        reasons.append((backend.name, reason))
+        reasons.append((backend.name, run))
     raise RuntimeError(f"backend {candidates[0].name!r} was forced, but cannot run this scan: {_told(reasons)}")
 
 

@@ -96,7 +96,8 @@ def register_structure(cls=None, options=None):
     A process that loads a checkpoint of this kind must import the module that registers it first.
 
     Raises:
-        ValueError: no such subclass, an option that StructureConfig lacks, or a kind that is taken.
+        ValueError: no such subclass, one that says ``invertible`` without ``parameters_from``, an option that StructureConfig
+            lacks, or a kind that is taken.
     """
     if cls is None:
         return lambda given: register_structure(given, options)
@@ -105,6 +106,8 @@ def register_structure(cls=None, options=None):
     kind = getattr(cls, "kind", None)
     if not isinstance(kind, str) or not kind:
         raise ValueError(f"{cls.__name__}.kind must be a name for StructureConfig.kind, got {kind!r}")
+    if cls.invertible and cls.parameters_from is Structure.parameters_from:
+        raise ValueError(f"{cls.__name__}.invertible is True, so it must define parameters_from(operand); or leave it False")
     if unknown := sorted(set(options or {}) - set(_OPTIONS)):
         raise ValueError(f"register_structure options {', '.join(unknown)} are none of StructureConfig's: {', '.join(_OPTIONS)}")
     taken = _CLASSES.get(kind)

@@ -105,11 +105,6 @@ class Structure(nn.Module, ABC):
         Raises:
             ValueError: the structure is not invertible, or the operand is of another form or shape.
         """
-        if not self.invertible:
-            raise ValueError(
-                f"structure kind {self.kind!r} cannot be recovered from an operand; build a 'dense' structure and load "
-                "operand.to_dense().unsqueeze(1) into its weight instead"
-            )
         loaded = self.parameters_from(operand)
         for name, values in loaded.items():
             own = self.get_parameter(name)
@@ -126,9 +121,12 @@ class Structure(nn.Module, ABC):
         """The parameter values that make ``operand``, by name; every invertible structure has its own.
 
         Raises:
-            ValueError: the operand is of another form.
+            ValueError: the structure is not invertible, or the operand is of another form.
         """
-        raise NotImplementedError(f"{type(self).__name__} says invertible = True, so it must define parameters_from")
+        raise ValueError(
+            f"structure kind {self.kind!r} cannot be recovered from an operand; build a 'dense' structure and load "
+            "operand.to_dense().unsqueeze(1) into its weight instead"
+        )
 
     @classmethod
     def pack_codes(cls, codes: dict[str, Tensor]) -> dict[str, Tensor]:

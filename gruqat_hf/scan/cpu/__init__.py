@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from ..dispatch import Backend
+from functools import partial
+
+from ..dispatch import Backend, Run
+from ..inputs import ScanInputs
 from .plan import prepare
 from .training import refuses, run
 
 __all__ = ["BACKEND"]
 
-BACKEND = Backend("cpu", refuses, run, prepare, prepares_dynamic_x=True)
+
+def _select(inputs: ScanInputs) -> Run | str:
+    reason = refuses(inputs)
+    return partial(run, inputs) if reason is None else reason
+
+
+BACKEND = Backend("cpu", _select, prepare, prepares_dynamic_x=True)

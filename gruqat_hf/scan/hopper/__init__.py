@@ -6,10 +6,12 @@ serve.
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
 from ...operands import BlockDiagonalOperand, MonarchOperand
-from ..dispatch import Backend, Plan
+from ..dispatch import Backend, Plan, Run
 from ..inputs import LayerWeights, ScanInputs
 from ..triton import run_family
 from ..triton.choice import choose, register
@@ -33,20 +35,13 @@ def _candidates(inputs: ScanInputs, facts: DeviceFacts) -> tuple[str, ...]:
     return ("hopper_monarch",) if isinstance(inputs.operand, MonarchOperand) else ()
 
 
-def _refuses(inputs: ScanInputs) -> str | None:
+def _select(inputs: ScanInputs) -> Run | str:
     family, reason = choose(inputs, _candidates)
-    return reason if family is None else None
-
-
-def _run(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
-    family, reason = choose(inputs, _candidates)
-    if family is None:
-        raise RuntimeError(f"no Hopper kernel runs this scan: {reason}")
-    return run_family(inputs, family)
+    return reason if family is None else partial(run_family, inputs, family)
 
 
 def _prepare(weights: LayerWeights, x: Tensor) -> Plan | str:
     return prepare_plan(weights, x, _candidates)
 
 
-BACKEND = Backend("hopper", refuses=_refuses, run=_run, prepare=_prepare, product=dense_product)
+BACKEND = Backend("hopper", _select, prepare=_prepare, product=dense_product)

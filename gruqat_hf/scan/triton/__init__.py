@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 from torch import Tensor
 
 from ...operands import BlockDiagonalOperand, Factor, MonarchOperand
-from ..dispatch import Backend, Plan
+from ..dispatch import Backend, Plan, Run
 from ..inputs import LayerWeights, ScanInputs
 from .choice import choose
 from .ops import RECOMPUTE_VARIABLE, scan
@@ -33,16 +34,9 @@ def _choose(inputs: ScanInputs) -> tuple[ScanInputs, str | None, str]:
     return inputs, family, reason
 
 
-def _refuses(inputs: ScanInputs) -> str | None:
-    _, family, reason = _choose(inputs)
-    return reason if family is None else None
-
-
-def _run(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
+def _select(inputs: ScanInputs) -> Run | str:
     inputs, family, reason = _choose(inputs)
-    if family is None:
-        raise RuntimeError(f"no Triton kernel runs this scan: {reason}")
-    return run_family(inputs, family)
+    return reason if family is None else partial(run_family, inputs, family)
 
 
 def run_family(inputs: ScanInputs, family: str) -> tuple[Tensor, Tensor]:
@@ -56,4 +50,4 @@ def _prepare(weights: LayerWeights, x: Tensor) -> Plan | str:
     return prepare_plan(weights, x)
 
 
-BACKEND = Backend("triton", refuses=_refuses, run=_run, prepare=_prepare, product=dense_product)
+BACKEND = Backend("triton", _select, prepare=_prepare, product=dense_product)
