@@ -5,15 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from . import fused
 from .config import QuantizerConfig
 from .fp32 import KeepsFloat32
 from .granularity import ScaleLayout
-from .grid import Grid
+from .grid import MIN_SCALE, Grid
 from .meter import SaturationMeter
 from .observers import build_observer
-
-#: Smallest scale: a range of nothing but zeros still has a grid, and 1/scale stays finite.
-MIN_SCALE = 1e-12
 
 
 class FakeQuantize(KeepsFloat32, nn.Module):
@@ -34,6 +32,7 @@ class FakeQuantize(KeepsFloat32, nn.Module):
         calibrating: whether forward passes update the observer in eval mode too.
         fake_quant_enabled: whether forward passes in training mode round. In eval mode they always do, as the frozen model will.
         meter: given one, it counts the values that are clipped.
+        kept_grid: a fixed grid, and what it was made from; see :func:`.fused.grid`.
         range_follows_weights: whether ``known_range`` was taken from weights, so that no checkpoint's need be the same.
     """
 
@@ -63,6 +62,7 @@ class FakeQuantize(KeepsFloat32, nn.Module):
         self.meter: SaturationMeter | None = None
         self.range_follows_weights = False
         self._calibrated: bool | None = None
+        self.kept_grid: tuple[object, Grid, object] | None = None
         values = self.initial_values(device)
         self._register_scale(values["scale"])
         self.register_buffer("zero_point", values.get("zero_point"))
@@ -161,10 +161,15 @@ class FakeQuantize(KeepsFloat32, nn.Module):
         """If this quantizer is observing, take ``value`` ``[..., *layout.shape]`` into the range and set the scale from it."""
         if not self.is_observing:
             return
-        self.observer.update(value)
-        self._set_scale()
+        if not fused.update_range(self, value):
+            self.observer.update(value)
+            self._set_scale()
         if not self._calibrated:
             self.forget_calibration_state()
+
+    def computes_as_base(self, *methods: str) -> bool:
+        """Whether these are the methods of this class, not those of a scheme made of it."""
+        return all(getattr(type(self), name) is getattr(FakeQuantize, name) for name in methods)
 
     def _set_scale(self) -> None:
         scale, zero_point = self.scale_from_range(self.observer.min_val, self.observer.max_val)
@@ -200,6 +205,8 @@ class FakeQuantize(KeepsFloat32, nn.Module):
                 f"quantizer {self.name!r} has observed nothing yet, so it has no scale; run a forward pass in training mode "
                 "or calibrate(loader) first"
             )
+        if (grid := fused.grid(self)) is not None:
+            return grid
         scale, zero_point = self.current_scale(value)
         return Grid.build(scale, zero_point, self.config.qmin, self.config.qmax)
 
@@ -210,6 +217,8 @@ class FakeQuantize(KeepsFloat32, nn.Module):
         self.measure(weight)
         if not self.is_active:
             return None
+        if (rounded := fused.round_weight(self, weight)) is not None:
+            return rounded
         grid = self.grid(weight)
         return self._expanded(grid).codes(weight), grid.scale
 

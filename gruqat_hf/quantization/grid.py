@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+#: Smallest scale: a range of nothing but zeros still has a grid, and 1/scale stays finite.
+MIN_SCALE = 1e-12
+
 
 class _RoundStraightThrough(torch.autograd.Function):
     """Round half to even; the gradient passes unchanged (straight-through estimator, Bengio et al. 2013)."""
@@ -31,6 +34,7 @@ class Grid:
         scale, inv_scale: fp32, broadcastable to the values; ``inv_scale = 1 / scale`` rounded once.
         low, high: smallest and largest code; int, or fp32 tensors shaped like ``scale`` for an affine grid.
         magnitude: largest absolute value that a code can have.
+        packed: the first four as one fp32 tensor ``[4, scales]``, as kernels take them, where they were made so.
     """
 
     scale: Tensor
@@ -38,6 +42,7 @@ class Grid:
     low: int | Tensor
     high: int | Tensor
     magnitude: int
+    packed: Tensor | None = None
 
     @classmethod
     def build(cls, scale: Tensor, zero_point: Tensor | None, qmin: int, qmax: int) -> Grid:
@@ -46,6 +51,14 @@ class Grid:
             return cls(scale, torch.reciprocal(scale), qmin, qmax, qmax)
         offset = zero_point.to(torch.float32)
         return cls(scale, torch.reciprocal(scale), qmin - offset, qmax - offset, qmax - qmin)
+
+    @classmethod
+    def of_packed(cls, packed: Tensor, shape: tuple[int, ...], is_affine: bool, qmin: int, qmax: int) -> Grid:
+        """The same of a packed one, its scale shaped ``shape``."""
+        scale, inv_scale, low, high = packed.view(4, *shape).unbind(0)
+        if is_affine:
+            return cls(scale, inv_scale, low, high, qmax - qmin, packed)
+        return cls(scale, inv_scale, qmin, qmax, qmax, packed)
 
     def codes(self, value: Tensor) -> Tensor:
         """Integer codes of ``value`` in fp32. Straight-through gradient inside the range, none beyond; NaN stays NaN."""

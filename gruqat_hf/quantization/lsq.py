@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .fake_quantize import MIN_SCALE, FakeQuantize
+from .fake_quantize import FakeQuantize
+from .grid import MIN_SCALE
 
 
 class _ScaleGradient(torch.autograd.Function):

@@ -77,7 +77,7 @@ class Observer(KeepsFloat32, nn.Module, ABC):
             low, high = torch.full_like(self.min_val, torch.inf), torch.full_like(self.max_val, -torch.inf)
         if is_distributed() and not self.replicated:
             low, high = self.over_ranks(low.contiguous(), high.contiguous())
-        seen = ((high - low) < torch.inf).all()  # False for NaN as well
+        seen = ((high - low).abs() < torch.inf).all()  # False for NaN as well, and for the range of nothing, (inf, -inf)
         first = self.count == 0
         for past, new, side in ((self.min_val, low, torch.minimum), (self.max_val, high, torch.maximum)):
             merged = torch.where(first, new, self.merge(past, new, side))

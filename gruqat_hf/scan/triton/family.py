@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -58,8 +59,38 @@ class KernelCall:
     portable: bool = False
     cooperative: bool = False
 
-    def run(self) -> Any:
-        """Launch; gives the compiled kernel, None in the interpreter."""
+    def run(self) -> None:
+        """Launch; what was compiled for arguments of the same types is launched without being looked for in Triton again, which
+        takes longer than a short scan."""
+        if INTERPRETED:
+            self._launch()
+            return
+        device = self._device()
+        signature = (id(self.kernel), device.index, *self._options(), *map(_type_of, (*self.io, *self.static)))
+        signature = (*signature, *self.constants.values())
+        if device.index == torch.cuda.current_device():
+            self._run_compiled(signature)
+        else:
+            with torch.cuda.device(device):
+                self._run_compiled(signature)
+
+    def _run_compiled(self, signature: tuple[Any, ...]) -> None:
+        compiled = _COMPILED.get(signature)
+        if compiled is None:
+            _refuse_specialized(self.kernel, len(self.io), self.static)
+            _COMPILED[signature] = self._launch()
+        else:
+            compiled[self.grid](*self.io, *self.static, *self.constants.values())
+
+    def _device(self) -> torch.device:
+        return next(tensor for tensor in self.io if tensor is not None).device
+
+    def _options(self) -> tuple[Any, ...]:
+        """What else a kernel is compiled for."""
+        return self.warps, self.portable, self.cooperative
+
+    def _launch(self) -> Any:
+        """Launch through Triton, which compiles if it has to; gives the compiled kernel, None in the interpreter."""
         launch = self.kernel[self.grid]
         if INTERPRETED:
             return launch(*self.io, *self.static, **self.constants)
@@ -68,11 +99,7 @@ class KernelCall:
             "enable_fp_fusion": not self.portable,
             "launch_cooperative_grid": self.cooperative,
         }
-        device = next(tensor for tensor in self.io if tensor is not None).device
-        if device.index == torch.cuda.current_device():
-            return launch(*self.io, *self.static, **self.constants, **options)
-        with torch.cuda.device(device):
-            return launch(*self.io, *self.static, **self.constants, **options)
+        return launch(*self.io, *self.static, **self.constants, **options)
 
     def compiled(self) -> Callable[..., None]:
         """Launch once to compile; then a way to launch with other ``io`` that looks at nothing again.
@@ -81,8 +108,9 @@ class KernelCall:
         """
         if INTERPRETED:
             return lambda *io: replace(self, io=io).run()
-        device = next(tensor for tensor in self.io if tensor is not None).device
-        launch = self.run()[self.grid]
+        device = self._device()
+        with torch.cuda.device(device):
+            launch = self._launch()[self.grid]
         tail = (*self.static, *self.constants.values())
 
         def run(*io: Tensor | None) -> None:
@@ -95,6 +123,24 @@ class KernelCall:
         return run
 
 
+#: Compiled kernels by the signatures of their launches.
+_COMPILED: dict[tuple[Any, ...], Any] = {}
+
+
+def _type_of(value: Tensor | int | float | None) -> object:
+    """What Triton compiles for: of a tensor its dtype and whether its address is a multiple of 16, of a number its type."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.data_ptr() % 16 == 0
+    return value if value is None else (type(value), isinstance(value, int) and value >= 1 << 31)
+
+
+def _refuse_specialized(kernel: Any, first: int, static: tuple[Any, ...]) -> None:
+    """Refuse integers that Triton would compile a kernel anew for: signatures do not tell them apart."""
+    for parameter, value in zip(kernel.params[first:], static):
+        if isinstance(value, int) and not parameter.do_not_specialize:
+            raise TypeError(f"{kernel.__name__}: parameter {parameter.name} must be named in do_not_specialize")
+
+
 def needs_operators(tensor: Tensor) -> bool:
     """Whether a compiler or an exporter is watching, so that kernels must be called through operators registered with PyTorch."""
     return torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter)
@@ -105,6 +151,7 @@ def aligned(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
+@cache
 def kernels(family: str, direction: str) -> ModuleType:
     """The module ``<family>/<direction>.py``; imports triton."""
     from .choice import family_rules
