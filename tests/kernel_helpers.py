@@ -44,6 +44,7 @@ class Case:
     bias: bool = True
     second: tuple[int, int] | None = None
     h_scale: float = 1 / 127
+    gates: bool = False
     dtype: torch.dtype = torch.float32
 
     def inputs(self, kind: str, device: torch.device) -> ScanInputs:
@@ -70,6 +71,7 @@ class Case:
             grids = ScanGrids(
                 h=Grid.build(torch.full((1,), self.h_scale, device=device), None, -127, 127),
                 mid=None if kind == "dense" else Grid.build(mid, None, -127, 127),
+                gates=self._gates_grid(hidden, device) if self.gates else None,
                 state=Grid.build(wiggle / 32767, None, -32767, 32767),
             )
         return ScanInputs(
@@ -82,6 +84,11 @@ class Case:
             reverse=self.reverse,
             quantized=self.quantized,
         )
+
+    def _gates_grid(self, hidden: int, device: torch.device) -> Grid:
+        """Of 8 bits, affine, with values beyond; its scales by channel or one for all."""
+        scale = (torch.rand((3, hidden) if self.per_channel else (1, 1), device=device) * 0.1 + 1) * 2 / 127
+        return Grid.build(scale, torch.full_like(scale, 20, dtype=torch.int32), -128, 127)
 
 
 @dataclass

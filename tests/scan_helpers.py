@@ -47,6 +47,15 @@ RECIPES: dict[str, QuantRecipe] = {
     ),
 }
 
+#: Recipes with a grid of the gate pre-activations.
+GATE_RECIPES: dict[str, QuantRecipe] = {
+    "tensor": replace(PRESETS["int8_state16"], gates=QuantizerConfig(observer="fixed")),
+    "gate": replace(PRESETS["int8_state16"], gates=QuantizerConfig(granularity="gate", observer="ema")),
+    "channel": replace(RECIPES["groups"], gates=QuantizerConfig(bits=6, granularity="channel", observer="minmax")),
+    "affine": replace(RECIPES["affine"], gates=replace(_AFFINE, granularity="gate")),
+    "learned": replace(RECIPES["learned"], gates=replace(_LEARNED, granularity="channel")),
+}
+
 
 def build(
     structure: Mapping[str, Any], recipe: QuantRecipe | str | None, hidden: int, inputs: int, device: torch.device, **kwargs: Any
@@ -63,7 +72,7 @@ def build(
 def clip(layer: GRULayer) -> GRULayer:
     """Scales so small that states leave their grids, each a different one."""
     with torch.no_grad():
-        for point, factor in ((layer.h, 0.5), (layer.state, 0.7), (layer.weight_hidden.mid, 0.6)):
+        for point, factor in ((layer.h, 0.5), (layer.state, 0.7), (layer.weight_hidden.mid, 0.6), (layer.gates, 0.3)):
             if point is not None:
                 point.scale.mul_(factor)
     return layer

@@ -36,11 +36,11 @@ def test_the_first_call_may_be_a_compiled_one(monkeypatch):
 def test_compilers_see_through_the_choice_on_a_hopper_gpu(monkeypatch, structure, family, recipe):
     """Traced only: this machine need not have such a GPU."""
     pytest.importorskip("triton")
+    layer = build(structure, recipe, 512, 16, torch.device("cpu"))  # runs, on this machine
+    layer.backend = None
     monkeypatch.setattr(device, "_refuses_device", lambda *_: None)
     monkeypatch.setattr(device, "_device_facts", lambda *_: device.DeviceFacts(132, 232448, (9, 0)))
     monkeypatch.setattr(cluster, "clusters_at_once", lambda *_: 7)
-    layer = build(structure, recipe, 512, 16, torch.device("cpu"))
-    layer.backend = None
     families: list[str] = []
 
     def trace(graph: torch.fx.GraphModule, _: object) -> None:

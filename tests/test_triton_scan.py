@@ -6,20 +6,31 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 from kernel_helpers import Case, Run, check_against_reference, distance, matmul_precision, skip_unless_kernels_run
-from scan_helpers import RECIPES, STRUCTURES, build, check, clip, gradients
+from scan_helpers import GATE_RECIPES, RECIPES, STRUCTURES, build, check, clip, gradients
 
 from gruqat_hf.layers import GRULayer
-from gruqat_hf.quantization import PRESETS, QuantizerConfig, QuantRecipe
-from gruqat_hf.scan.triton import RECOMPUTE_VARIABLE, block_diagonal
+from gruqat_hf.operands import DiagonalOperand, Factor
+from gruqat_hf.quantization import PRESETS, Grid, QuantizerConfig, QuantRecipe
+from gruqat_hf.scan import hopper
+from gruqat_hf.scan.triton import RECOMPUTE_VARIABLE, block_diagonal, device
+from gruqat_hf.scan.triton.choice import choose
 from gruqat_hf.scan.triton.device import INTERPRETED, DeviceFacts
 
 CPU = torch.device("cpu")
-KERNEL_TESTS = ("test_triton_scan.py", "test_triton_dense.py", "test_triton_monarch.py")
+KERNEL_TESTS = (
+    "test_triton_scan.py",
+    "test_triton_dense.py",
+    "test_triton_monarch.py",
+    "test_two_factor_gradients.py",
+    "test_fused_quantizers.py",
+    "test_exchange_order.py",
+)
 
 interpreted = pytest.mark.skipif(
     not INTERPRETED, reason="runs in Triton's interpreter, in a process that test_in_the_interpreter starts"
@@ -63,6 +74,48 @@ def test_recipes_with_states_beyond_their_grids(name, recipe):
 
 
 @interpreted
+@pytest.mark.parametrize("name", ["diagonal", "blockdiag", "monarch"])
+@pytest.mark.parametrize("recipe", GATE_RECIPES)
+def test_grids_of_pre_activations(monkeypatch, name, recipe):
+    _stream_in_tiles_of(monkeypatch, 16)
+    check(clip(build(STRUCTURES[name], GATE_RECIPES[recipe], 16, 4, CPU, reverse=True)), 3, 2, masked=True)
+
+
+@interpreted
+@pytest.mark.parametrize("name", ["diagonal", "dense"])
+def test_grids_of_pre_activations_once_frozen(monkeypatch, name):
+    _stream_in_tiles_of(monkeypatch, 16)
+    check(clip(build(STRUCTURES[name], GATE_RECIPES["affine"], 11, 4, CPU)).freeze(), 3, 2, precision="high")
+
+
+@interpreted
+@pytest.mark.parametrize("precision", ["highest", "high"])
+@pytest.mark.parametrize("name", ["blockdiag", "monarch"])
+def test_gates_whose_pre_activations_have_a_grid_computed_again(monkeypatch, name, precision):
+    monkeypatch.setenv(RECOMPUTE_VARIABLE, "1")
+    _stream_in_tiles_of(monkeypatch, 16)
+    check(clip(build(STRUCTURES[name], GATE_RECIPES["channel"], 16, 4, CPU)), 4, 3, masked=True, precision=precision)
+
+
+@interpreted
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_marks_of_clipped_pre_activations(monkeypatch, precision):
+    """Gates at the ends of their ranges, where a mark could be taken for another or for a value."""
+    from gruqat_hf.scan.spec import MOST_MARKED
+
+    _stream_in_tiles_of(monkeypatch, 16)
+    inputs = Case(4, 3, 1, 16, quantized=True, gates=True).inputs("dense", CPU)
+    scale = torch.tensor([[0.02], [0.1], [0.03]])  # sigmoid(12.7) is beyond MOST_MARKED
+    assert torch.sigmoid(scale[1] * 127) > MOST_MARKED
+    inputs = replace(inputs, gi=inputs.gi * 30, grids=replace(inputs.grids, gates=Grid.build(scale, None, -127, 127)))
+    for family, operand in (("block_diagonal", inputs.operand), ("diagonal", None)):
+        if operand is None:
+            codes = torch.randint(-127, 128, (3, 16)).to(torch.int8)
+            inputs = replace(inputs, operand=DiagonalOperand(Factor(codes, torch.full((3, 1), 1 / 127), 127)))
+        check_against_reference(family, inputs, 0.0, 1e-3, precision)
+
+
+@interpreted
 @pytest.mark.parametrize(
     "structure, hidden", [({"kind": "diagonal"}, 70), ({"kind": "blockdiag", "nblocks": 3}, 21), ("dense", 1)]
 )
@@ -81,11 +134,14 @@ def test_a_diagonal_scan_takes_every_mix_of_quantizers():
 
 def _let_weights_stream(monkeypatch: pytest.MonkeyPatch, tile: int = 64) -> None:
     for module in ("weights", "backward"):
-        name = f"gruqat_hf.scan.triton.block_diagonal.{module}"
-        __import__(name)
-        monkeypatch.setattr(sys.modules[name], "is_resident", lambda *_: False)
+        module = import_module(f"gruqat_hf.scan.triton.block_diagonal.{module}")
+        monkeypatch.setattr(module, "is_resident", lambda *_: False)
+    _stream_in_tiles_of(monkeypatch, tile)
+
+
+def _stream_in_tiles_of(monkeypatch: pytest.MonkeyPatch, tile: int) -> None:
     for name in ("TILE", "DEPTH"):
-        monkeypatch.setattr(sys.modules["gruqat_hf.scan.triton.streamed.tiles"], name, tile)
+        monkeypatch.setattr(import_module("gruqat_hf.scan.triton.streamed.tiles"), name, tile)
 
 
 @interpreted
@@ -144,6 +200,13 @@ def test_products_with_one_side_in_float(name, recipe):
     check_one_sided(name, ONE_SIDED[recipe], 16, 4, 3, CPU)
 
 
+@interpreted
+@pytest.mark.parametrize("name", ["blockdiag", "monarch"])
+def test_float_products_whose_pre_activations_have_a_grid(monkeypatch, name):
+    _stream_in_tiles_of(monkeypatch, 16)
+    check_one_sided(name, QuantRecipe(gates=QuantizerConfig(observer="fixed")), 16, 4, 3, CPU)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("recipe", ONE_SIDED)
 @pytest.mark.parametrize("name", ["blockdiag", "monarch", "dense"])
@@ -188,6 +251,31 @@ def test_wide_monarch_layers(structure, recipe):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("name", ["diagonal", "blockdiag", "monarch", "dense"])
+@pytest.mark.parametrize("recipe", GATE_RECIPES)
+def test_grids_of_pre_activations_in_wide_layers(name, recipe):
+    skip_unless_kernels_run(torch.device("cuda"))
+    check(clip(build(STRUCTURES[name], GATE_RECIPES[recipe], 256, 64, torch.device("cuda"))), 20, 9, masked=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "kind, case",
+    [
+        ("dense", Case(17, 33, 1, 512, quantized=True, gates=True, per_channel=True)),
+        ("dense", Case(9, 5, 7, 43, quantized=True, gates=True, masked=True, reverse=True)),
+        ("dense", Case(9, 33, 1, 1100, quantized=True, gates=True, groups=2)),
+        ("monarch", Case(17, 9, 8, 64, quantized=True, gates=True, per_gate=True, per_channel=True)),
+        ("monarch", Case(9, 33, 4, 256, quantized=True, gates=True, masked=True, reverse=True)),
+    ],
+)
+def test_large_grids_of_pre_activations(kind, case):
+    skip_unless_kernels_run(torch.device("cuda"))
+    family = "block_diagonal" if kind == "dense" else "monarch"
+    check_against_reference(family, case.inputs(kind, torch.device("cuda")), 0.0, 1e-3)
+
+
+@pytest.mark.gpu
 def test_repeats_that_stream_give_the_same_bits():
     skip_unless_kernels_run(torch.device("cuda"))
     run = Run.of("block_diagonal", Case(16, 40, 1, 2304, quantized=True).inputs("dense", torch.device("cuda")))
@@ -229,9 +317,12 @@ def test_half_precision(name, dtype, within):
 
 
 @interpreted
-@pytest.mark.parametrize("recipe", [None, "int8_state16"])
-def test_compile_and_export(recipe):
-    layer = build(STRUCTURES["blockdiag"], recipe, 16, 4, CPU)
+@pytest.mark.parametrize(
+    "name, recipe",
+    [("blockdiag", None), ("blockdiag", "int8_state16"), ("diagonal", None), ("diagonal", GATE_RECIPES["gate"])],
+)
+def test_compile_and_export(name, recipe):
+    layer = build(STRUCTURES[name], recipe, 16, 4, CPU)
     layer.backend = "triton"
     x, h0 = torch.randn(3, 2, 4), torch.rand(2, 16)
     out, last, wanted = gradients(layer, "triton", x, h0, None)
@@ -260,26 +351,26 @@ def test_a_frozen_layer_gives_the_bits_of_qat():
 
 
 @interpreted
-@pytest.mark.parametrize(
-    "structure, recipe, reason",
-    [
-        ("diagonal", QuantRecipe(gates=QuantizerConfig(observer="fixed")), "gate pre-activations"),
-    ],
-)
-def test_what_kernels_cannot_honour_is_refused_with_the_reason(structure, recipe, reason):
-    layer = GRULayer(4, 8, structure_hidden=structure, recipe=recipe)
-    layer(torch.randn(2, 3, 4))
-    assert not layer.last_path.startswith("triton") and reason in layer.last_path
+@pytest.mark.parametrize("structure", ["diagonal", "dense"])
+def test_double_precision_is_left_to_the_reference_with_the_reason(structure):
+    layer, x = GRULayer(4, 8, structure_hidden=structure, dtype=torch.float64), torch.randn(2, 3, 4, dtype=torch.float64)
+    layer(x)
+    assert not layer.last_path.startswith("triton") and "torch.float64" in layer.last_path
     layer.backend = "triton"
-    with pytest.raises(RuntimeError, match=reason):
-        layer(torch.randn(2, 3, 4))
+    with pytest.raises(RuntimeError, match=r"torch\.float64"):
+        layer(x)
 
 
-@interpreted
-def test_double_precision_is_left_to_the_reference():
-    layer = GRULayer(4, 8, dtype=torch.float64)
-    layer(torch.randn(2, 3, 4, dtype=torch.float64))
-    assert "torch.float64" in layer.last_path
+@pytest.mark.parametrize(
+    "kind, blocks, family", [("dense", 1, "block_diagonal"), ("dense", 8, "block_diagonal"), ("monarch", 8, "monarch")]
+)
+def test_grids_of_pre_activations_go_to_kernels_that_take_them(monkeypatch, kind, blocks, family):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(device, "_refuses_device", lambda *_: None)
+    monkeypatch.setattr(device, "_device_facts", lambda *_: DeviceFacts(132, 232448, (9, 0)))
+    inputs = Case(2, 2, blocks, 512 // blocks, quantized=True, gates=True).inputs(kind, CPU)
+    assert choose(inputs) == (family, "")
+    assert "gate pre-activations are quantized" in choose(inputs, hopper._candidates)[1]
 
 
 @interpreted

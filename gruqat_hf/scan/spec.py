@@ -12,9 +12,15 @@ from ..operands import BlockDiagonalOperand, DiagonalOperand, Factor, MonarchOpe
 from ..quantization import Grid
 from .inputs import ScanGrids
 
+#: Saved gates are marked where a grid clipped: the pre-activations of r and z by their sign, that of n, without which hn has no
+#: gradient, by an infinite hn; the carried state by z = -1. A z beyond this, which 16 bits might not tell from that, needs no
+#: mark: the gradient of its pre-activation has the factor z * (1 - z).
+MOST_MARKED = 0.99997
+
 
 class SpecTensors(NamedTuple):
-    """A spec as an operator takes it, None for what is absent; grids are ``[4, n]``: scale, 1 / scale, lowest, highest code."""
+    """A spec as an operator takes it, None for what is absent; grids are ``[4, n]``: scale, 1 / scale, lowest, highest code; that
+    of the pre-activations ``[4, 1 or 3, 1 or H]``."""
 
     first: Tensor
     first_scale: Tensor | None
@@ -24,6 +30,7 @@ class SpecTensors(NamedTuple):
     h_grid: Tensor | None
     mid_grid: Tensor | None
     state_grid: Tensor | None
+    gates_grid: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,7 @@ class ScanSpec:
     Attributes:
         operand: hidden weights.
         bias: ``[3, H]`` or None.
-        grids: of the points inside the scan; ``gates`` is None.
+        grids: of the points inside the scan.
         quantized: whether gates are the portable ones.
         exact: whether a float product must be accurate to fp32 (``torch.get_float32_matmul_precision() == "highest"``).
     """
@@ -68,8 +75,8 @@ def sums_floats(operand: Operand, grids: ScanGrids, quantized: bool) -> bool:
 
 def pack_grid(grid: Grid | None) -> Tensor | None:
     """A grid as ``[4, n]``: scale, inv_scale, low, high; differentiable in the first two."""
-    if grid is None:
-        return None
+    if grid is None or grid.packed is not None:
+        return None if grid is None else grid.packed
     scale = grid.scale.reshape(-1)
     low, high = (
         bound.reshape(-1) if isinstance(bound, Tensor) else torch.full_like(scale, bound, requires_grad=False)
@@ -78,12 +85,18 @@ def pack_grid(grid: Grid | None) -> Tensor | None:
     return torch.stack([scale, grid.inv_scale.reshape(-1), low, high])
 
 
-def unpack_grid(packed: Tensor | None, magnitude: int, trailing: int = 0) -> Grid | None:
-    """The grid of a packed one, its scale shaped ``[n]`` and ``trailing`` ones."""
+def pack_gates_grid(grid: Grid | None) -> Tensor | None:
+    """The grid of the pre-activations as ``[4, 1 or 3, 1 or H]``."""
+    packed = pack_grid(grid)
+    return None if grid is None or packed is None else packed.view(4, *grid.scale.shape)
+
+
+def unpack_grid(packed: Tensor | None, magnitude: int, shape: tuple[int, ...] = (-1,)) -> Grid | None:
+    """The grid of a packed one, its scale in ``shape``."""
     if packed is None:
         return None
-    scale, inv_scale, low, high = packed.reshape(4, -1, *(1,) * trailing).unbind(0)
-    return Grid(scale, inv_scale, low, high, magnitude)
+    scale, inv_scale, low, high = packed.reshape(4, *shape).unbind(0)
+    return Grid(scale, inv_scale, low, high, magnitude, packed)
 
 
 def flatten(spec: ScanSpec) -> tuple[SpecTensors, list[int]]:
@@ -100,6 +113,7 @@ def flatten(spec: ScanSpec) -> tuple[SpecTensors, list[int]]:
         pack_grid(grids.h),
         pack_grid(grids.mid),
         pack_grid(grids.state),
+        pack_gates_grid(grids.gates),
     )
     magnitudes = [0 if grid is None else grid.magnitude for grid in (grids.h, grids.mid)]
     return tensors, [first.qmax, 0 if second is None else second.qmax, *magnitudes]
@@ -117,7 +131,8 @@ def restore(tensors: SpecTensors, limits: list[int], quantized: bool, exact: boo
         operand = BlockDiagonalOperand(first)
     grids = ScanGrids(
         h=unpack_grid(tensors.h_grid, limits[2]),
-        mid=unpack_grid(tensors.mid_grid, limits[3], trailing=2),
+        mid=unpack_grid(tensors.mid_grid, limits[3], (-1, 1, 1)),
+        gates=None if tensors.gates_grid is None else unpack_grid(tensors.gates_grid, 0, tuple(tensors.gates_grid.shape[1:])),
         state=unpack_grid(tensors.state_grid, 0),
     )
     return ScanSpec(operand, tensors.bias, grids, quantized, exact)

@@ -18,10 +18,11 @@ from .plan import KernelPlan
 
 _SPEC = (
     "Tensor first, Tensor? first_scale, Tensor? second, Tensor? second_scale, Tensor? bias, "
-    "Tensor? h_grid, Tensor? mid_grid, Tensor? state_grid, Tensor? mask, int[] limits, bool quantized, bool exact, bool reverse"
+    "Tensor? h_grid, Tensor? mid_grid, Tensor? state_grid, Tensor? gates_grid, Tensor? mask, "
+    "int[] limits, bool quantized, bool exact, bool reverse"
 )
 #: Positions in the forward operator's arguments.
-_FIRST, _MASK = 2, 10
+_FIRST, _MASK = 2, 11
 
 
 def _split(args: tuple[Any, ...]) -> tuple[ScanSpec, Tensor | None, bool]:

@@ -16,6 +16,8 @@ def refuses_products(inputs: ScanInputs) -> str | None:
         if spec_of(inputs).exact:
             return 'float products are wanted as exact as fp32: see torch.set_float32_matmul_precision("high")'
         return None
+    if inputs.grids.gates is not None:
+        return "gate pre-activations are quantized"
     if sums_floats(inputs.operand, inputs.grids, inputs.quantized):
         return "a product has one side in float"
     for factor, grid in zip(inputs.operand.factors.values(), (inputs.grids.h, inputs.grids.mid)):

@@ -12,11 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .math import codes, gru_gates, gru_gradients, in_range, pack_gates, put, unpack_gates
+from ..spec import MOST_MARKED
+from .math import codes, gru_gates, gru_gradients, in_range, pack_gates, unpack_gates
+from .memory import put
 
 #: Counters lie this many int32 apart, each in a cache line of its own.
 COUNTER_STRIDE = 32
 _COUNTER_STRIDE = tl.constexpr(COUNTER_STRIDE)
+_MOST_MARKED = tl.constexpr(MOST_MARKED)
 
 
 def new_counters(groups: int, device: torch.device) -> Tensor:
@@ -113,9 +116,9 @@ def to_operand(h, grid, INTEGER: tl.constexpr):
 
 
 @triton.jit
-def next_state(gi, gh, h, grid, HAS_GRID: tl.constexpr, PORTABLE: tl.constexpr):
+def next_state(gi, gh, h, grid, HAS_GRID: tl.constexpr, PORTABLE: tl.constexpr, gate_grids=None):
     """``(r, z, n, hn, next)`` of one step; z is -1 where the carried state's grid clips."""
-    r, z, n, hn, new = gru_gates(gi[0], gi[1], gi[2], gh[0], gh[1], gh[2], h, PORTABLE)
+    r, z, n, hn, new = gru_gates(gi[0], gi[1], gi[2], gh[0], gh[1], gh[2], h, PORTABLE, gate_grids)
     if HAS_GRID:
         z = tl.where(in_range(new, grid[1], grid[2], grid[3]), z, -1.0)
         new = codes(new, grid[1], grid[2], grid[3]) * grid[0]
@@ -123,10 +126,14 @@ def next_state(gi, gh, h, grid, HAS_GRID: tl.constexpr, PORTABLE: tl.constexpr):
 
 
 @triton.jit
-def step_gradients(grad, gates, h):
+def step_gradients(grad, gates, h, MARKED: tl.constexpr = False):
     """:func:`gru_gradients` of a step whose ``gates`` are r, z, n, hn, with no gradient where the carried state was clipped."""
     r, z, n, hn = gates
-    return gru_gradients(tl.where(z < 0.0, 0.0, grad), r, z, n, hn, h)
+    if MARKED:  # a smaller z < 0 is a mark
+        grad = tl.where(z < -_MOST_MARKED, 0.0, grad)
+    else:
+        grad = tl.where(z < 0.0, 0.0, grad)
+    return gru_gradients(grad, r, z, n, hn, h, MARKED)
 
 
 @triton.jit

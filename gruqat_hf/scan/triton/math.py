@@ -10,10 +10,11 @@ import triton
 import triton.language as tl
 
 from ...arithmetic import gates as portable
+from ..spec import MOST_MARKED
 from .device import INTERPRETED
 
 #: Inline PTX for exp2 and reciprocal; elsewhere (interpreter, AMD) Triton's own.
-_PTX = tl.constexpr(not INTERPRETED and torch.version.hip is None)
+PTX = tl.constexpr(not INTERPRETED and torch.version.hip is None)
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
 #: Float gates are exp2 of a prescaled pre-activation: the factors are folded into weights and biases.
@@ -21,11 +22,22 @@ SIGMOID_FACTOR = tl.constexpr(-1.4426950408889634)
 TANH_FACTOR = tl.constexpr(-2.8853900817779268)
 
 
+_factors: dict[torch.device, torch.Tensor] = {}
+
+
 def gate_factors(device: torch.device) -> torch.Tensor:
-    """What weights and biases of r, z and n are multiplied by in the float state, ``[3, 1]``."""
-    factors = torch.full((3, 1), SIGMOID_FACTOR.value, device=device)
-    factors[2].fill_(TANH_FACTOR.value)
-    return factors
+    """What weights and biases of r, z and n are multiplied by in the float state, ``[3, 1]``; kept for each device."""
+    if (found := _factors.get(device)) is not None:
+        return found
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        # Not to be kept: it holds nothing until the graph runs. Nor can values come from the host meanwhile.
+        factors = torch.full((3, 1), SIGMOID_FACTOR.value, device=device)
+        factors[2].fill_(TANH_FACTOR.value)
+        return factors
+    with torch.inference_mode(False):
+        values = [[SIGMOID_FACTOR.value], [SIGMOID_FACTOR.value], [TANH_FACTOR.value]]
+        _factors[device] = torch.tensor(values, dtype=torch.float32, device=device)
+    return _factors[device]
 
 
 _SIGMOID_CLAMP = tl.constexpr(portable.SIGMOID_CLAMP)
@@ -39,6 +51,8 @@ _CENTRE = tl.constexpr(portable.RECIPROCAL_CENTRE)
 
 #: 1.5 * 2**23: adding and subtracting it rounds a float below 2**22 to the nearest integer, half to even.
 _ROUNDER = tl.constexpr(12582912.0)
+
+_MOST_MARKED = tl.constexpr(MOST_MARKED)
 
 
 @triton.jit
@@ -96,7 +110,7 @@ def portable_tanh(x):
 
 @triton.jit
 def exp2(x):
-    if _PTX:
+    if PTX:
         return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
     else:
         return tl.exp2(x)
@@ -104,7 +118,7 @@ def exp2(x):
 
 @triton.jit
 def reciprocal(x):
-    if _PTX:
+    if PTX:
         return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
     else:
         return 1.0 / x
@@ -113,7 +127,7 @@ def reciprocal(x):
 @triton.jit
 def to_tf32(x, PRECISION: tl.constexpr):
     """fp32 values rounded to what a tf32 dot reads of them: by itself it cuts bits off, an error that adds up over steps."""
-    if _PTX and PRECISION == "tf32":
+    if PTX and PRECISION == "tf32":
         bits = tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,f", [x], dtype=tl.int32, is_pure=True, pack=1)
         return bits.to(tl.float32, bitcast=True)
     else:
@@ -127,18 +141,35 @@ def round_to_tf32(values: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
-def gru_gates(gi_r, gi_z, gi_n, gh_r, gh_z, gh_n, h, PORTABLE: tl.constexpr):
+def _round_trip(x, grid):
+    """``x`` as a grid of :func:`load_grid` represents it."""
+    return codes(x, grid[1], grid[2], grid[3]) * grid[0]
+
+
+@triton.jit
+def gru_gates(gi_r, gi_z, gi_n, gh_r, gh_z, gh_n, h, PORTABLE: tl.constexpr, grids=None):
     """Gates and next state of one step, ``(r, z, n, hn, next)``, where ``hn = W_n h + b_n``.
 
     ``gh_*`` are the hidden products with their biases. PORTABLE: as the reference computes, in its order. Else they come
     multiplied by SIGMOID_FACTOR (r, z) and TANH_FACTOR (n), ``gi_*`` do not.
+
+    ``grids``: of :func:`load_gate_grids`, for portable gates; r, z and hn are then marked where one clips, see ``MOST_MARKED``.
     """
     if PORTABLE:
-        r = portable_sigmoid(gi_r + gh_r)
-        z = portable_sigmoid(gi_z + gh_z)
-        n = portable_tanh(gi_n + r * gh_n)
-        hn = gh_n
-        new = (1.0 - z) * n + z * h
+        a_r, a_z = gi_r + gh_r, gi_z + gh_z
+        if grids is None:
+            r, z = portable_sigmoid(a_r), portable_sigmoid(a_z)
+            n = portable_tanh(gi_n + r * gh_n)
+            hn = gh_n
+            new = (1.0 - z) * n + z * h
+        else:
+            r, z = portable_sigmoid(_round_trip(a_r, grids[0])), portable_sigmoid(_round_trip(a_z, grids[1]))
+            a_n = gi_n + r * gh_n
+            n = portable_tanh(_round_trip(a_n, grids[2]))
+            new = (1.0 - z) * n + z * h
+            r = tl.where(in_range(a_r, grids[0][1], grids[0][2], grids[0][3]), r, -r)
+            z = tl.where(in_range(a_z, grids[1][1], grids[1][2], grids[1][3]) | (z >= _MOST_MARKED), z, -z)
+            hn = tl.where(in_range(a_n, grids[2][1], grids[2][2], grids[2][3]), gh_n, float("inf"))
     else:
         r = reciprocal(1.0 + exp2(gi_r * SIGMOID_FACTOR + gh_r))
         z = reciprocal(1.0 + exp2(gi_z * SIGMOID_FACTOR + gh_z))
@@ -150,14 +181,23 @@ def gru_gates(gi_r, gi_z, gi_n, gh_r, gh_z, gh_n, h, PORTABLE: tl.constexpr):
 
 
 @triton.jit
-def gru_gradients(grad, r, z, n, hn, h):
+def gru_gradients(grad, r, z, n, hn, h, MARKED: tl.constexpr = False):
     """Gradients of one step, from that of its output before the carried state's grid.
 
-    Returns those of the pre-activations of r, z and n, of ``hn``, and the direct part of that of ``h``.
+    Returns those of the pre-activations of r, z and n, of ``hn``, and the direct part of that of ``h``. MARKED: r, z and hn say
+    which pre-activations were clipped, so that their gradients are 0.
     """
+    if MARKED:
+        open_r, open_z, open_n = r >= 0.0, z >= 0.0, tl.abs(hn) < float("inf")
+        r, z, hn = tl.abs(r), tl.abs(z), tl.where(open_n, hn, 0.0)
     da_n = grad * (1.0 - z) * (1.0 - n * n)
     da_z = grad * (h - n) * z * (1.0 - z)
+    if MARKED:
+        da_n = tl.where(open_n, da_n, 0.0)
+        da_z = tl.where(open_z, da_z, 0.0)
     da_r = da_n * hn * r * (1.0 - r)
+    if MARKED:
+        da_r = tl.where(open_r, da_r, 0.0)
     return da_r, da_z, da_n, da_n * r, grad * z
 
 
@@ -171,48 +211,16 @@ def load_grid(grid, index, N: tl.constexpr):
 
 
 @triton.jit
-def put(pointer, value, mask):
-    """Store from the layout that a value is in; ``tl.store`` would first bring it into another, through shared memory."""
-    if _PTX and value.dtype == tl.float32:
-        tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.b32 p, $3, 0; @p st.global.f32 [$1], $2; mov.u32 $0, 0; }",
-            "=r,l,f,r",
-            [pointer.to(tl.int64), value, mask.to(tl.int32)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-    elif _PTX and value.dtype == tl.int64:
-        tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.b32 p, $3, 0; @p st.global.b64 [$1], $2; mov.u32 $0, 0; }",
-            "=r,l,l,r",
-            [pointer.to(tl.int64), value, mask.to(tl.int32)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-    else:
-        tl.store(pointer, value, mask=mask)
+def load_gate_grids(grid, index, SHAPE: tl.constexpr):
+    """Of the pre-activations' grid, packed as ``[4, *SHAPE]``, those of r, z and n, each as :func:`load_grid` gives it.
 
-
-@triton.jit
-def fetch(pointer, mask):
-    """fp32 values that other programs have written meanwhile, 0 where masked.
-
-    ``tl.load`` in a pipelined loop becomes an asynchronous copy, which for less than 16 bytes goes through the processor's own
-    cache whatever it was told, and may find there what was written before.
+    SHAPE is (1 or 3, 1 or H); ``index`` says the channels.
     """
-    if _PTX:
-        return tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p ld.relaxed.gpu.global.f32 $0, [$1]; }",
-            "=f,l,r",
-            [pointer.to(tl.int64), mask.to(tl.int32)],
-            dtype=tl.float32,
-            is_pure=False,
-            pack=1,
-        )
-    else:
-        return tl.load(pointer, mask=mask, other=0.0)
+    grids = ()
+    for gate in tl.static_range(3):
+        first = (gate % SHAPE[0]) * SHAPE[1]
+        grids = grids + (load_grid(grid, first + index if SHAPE[1] > 1 else first, SHAPE[0] * SHAPE[1]),)
+    return grids
 
 
 @triton.jit

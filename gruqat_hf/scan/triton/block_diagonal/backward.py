@@ -8,13 +8,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ...spec import ScanSpec, pack_grid
 from .. import streamed
 from ..device import device_facts
 from ..family import KernelCall, ScanGradients
-from ..math import count, gru_gradients, in_range, load_grid, put, round_to_tf32, unpack_gates
+from ..math import count, gru_gradients, in_range, load_grid, round_to_tf32, unpack_gates
+from ..memory import put
 from ..precision import fp32_precision
 from ..weight_gradient import weight_gradient
 from . import ROWS, backward_stages, is_resident, padded_size
@@ -162,13 +162,13 @@ def prepare(spec: ScanSpec) -> BackwardWeights:
     weight = factor.dequantize().transpose(-1, -2)
     size = weight.shape[-1]
     h_grid, precision = pack_grid(spec.grids.h), fp32_precision(spec)
-    if not is_resident(size, spec.exact, device_facts(weight.device)):
+    if spec.grids.gates is not None or not is_resident(size, spec.exact, device_facts(weight.device)):
         weight = weight.float()
         if precision == "tf32" and not spec.exact:
             weight = round_to_tf32(weight)
         return BackwardWeights(spec, streamed.StreamedFactor.of(weight), h_grid, size, precision)
-    extra = padded_size(size) - size
-    weight = pad(weight.to(torch.float32 if spec.exact else torch.float16), (0, extra, 0, extra)).contiguous()
+    padded = padded_size(size)
+    weight = streamed.pad_blocks(weight, padded, padded, torch.float32 if spec.exact else torch.float16)
     return BackwardWeights(spec, weight, h_grid, size, precision)
 
 
@@ -194,8 +194,9 @@ def backward(
         dgi = torch.empty_like(gi, dtype=torch.float32)
         dgh_n = dgi.new_empty((steps, rows, hidden))
         dh0 = streamed.backward(
-            None, weight, h_grid, precision, h0, states, gates, None, mask, reverse, dstates, dlast, dgi, dgh_n, adjoint, None
-        )
+            None, weight, h_grid, precision, h0, states, gates, None, mask, reverse, dstates, dlast, dgi, dgh_n, adjoint, None,
+            spec.grids.gates is not None,
+        )  # fmt: skip
         dgi, dgh_n, dh0, sums = dgi.to(gi.dtype), dgh_n.to(gi.dtype), dh0.to(h0.dtype), None
     else:
         dgi = torch.empty_like(gi)

@@ -11,7 +11,8 @@ from ...spec import grid_size
 from .. import streamed
 from ..device import device_facts
 from ..family import KernelCall
-from ..math import codes, count, gru_gates, in_range, load_grid, pack_gates, put
+from ..math import codes, count, gru_gates, in_range, load_grid, pack_gates
+from ..memory import put
 from ..streamed import StreamedWeights
 from . import ROWS, tiling
 from .weights import BlockWeights, packed, prepare

@@ -7,9 +7,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from ...spec import ScanSpec, is_integer, pack_grid, sums_floats
+from ...spec import ScanSpec, is_integer, pack_gates_grid, pack_grid, sums_floats
 from .. import streamed
 from ..device import device_facts
 from ..math import gate_factors
@@ -59,26 +58,27 @@ def product_scale(spec: ScanSpec) -> Tensor | None:
 
 
 def prepare(spec: ScanSpec) -> BlockWeights | streamed.StreamedWeights:
-    """Once for each set of weights; streamed ones where a block does not fit a program, or a product has one side in float."""
+    """Once for each set of weights; streamed ones where a block does not fit a program, a product has one side in float, or
+    pre-activations have a grid."""
     (factor,) = spec.operand.factors.values()
-    scale = product_scale(spec)
-    weight = (factor.values if scale is not None else factor.dequantize()).float()
-    gates, blocks, size, _ = weight.shape
-    bias = weight.new_zeros(gates, blocks * size) if spec.bias is None else spec.bias.float()
-    if not spec.quantized:
-        factors = gate_factors(weight.device)
-        weight, bias = weight * factors[..., None, None], bias * factors
-    floats = sums_floats(spec.operand, spec.grids, spec.quantized)
-    if (not spec.exact or spec.quantized) and not floats:
-        weight = weight.to(torch.float16)
-    grids = pack_grid(spec.grids.h), pack_grid(spec.grids.state)
+    scale, grids = product_scale(spec), spec.grids
+    values = factor.values if scale is not None else factor.dequantize()
+    gates, blocks, size, _ = values.shape
+    factors = None if spec.quantized else gate_factors(values.device)
+    if spec.bias is None:
+        bias = torch.zeros((gates, blocks * size), dtype=torch.float32, device=values.device)
+    else:
+        bias = spec.bias.float().contiguous() if factors is None else spec.bias.float() * factors
+    floats = sums_floats(spec.operand, grids, spec.quantized)
+    exact = floats or (spec.exact and not spec.quantized)
+    dtype = torch.float32 if exact else torch.float16
     precision = fp32_precision(replace(spec, exact=True) if floats else spec)
-    if floats or not is_resident(size, weight.dtype == torch.float32, device_facts(weight.device)):
-        factor = streamed.StreamedFactor(streamed.pad_weight(weight), size, size, scale)
-        return streamed.StreamedWeights(None, factor, bias.contiguous(), grids[0], None, grids[1], precision, spec.quantized)
-    extra = padded_size(size) - size
-    weight = pad(weight, (0, extra, 0, extra)).contiguous()
-    return BlockWeights(weight, scale, bias.contiguous(), *grids, size, precision, spec.quantized)
+    h_grid, state_grid, gates_grid = pack_grid(grids.h), pack_grid(grids.state), pack_gates_grid(grids.gates)
+    if floats or gates_grid is not None or not is_resident(size, exact, device_facts(values.device)):
+        last = streamed.StreamedFactor(streamed.pad_weight(values, dtype, factors), size, size, scale)
+        return streamed.StreamedWeights(None, last, bias, h_grid, None, state_grid, gates_grid, precision, spec.quantized)
+    weight = streamed.pad_blocks(values, padded_size(size), padded_size(size), dtype, factors)
+    return BlockWeights(weight, scale, bias, h_grid, state_grid, size, precision, spec.quantized)
 
 
 def packed(gates: Tensor | None) -> Tensor | None:

@@ -7,12 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...spec import ScanSpec, is_integer
 from ..family import KernelCall, ScanGradients
-from ..math import codes, count, gate_factors, gru_gates, gru_gradients, in_range, load_grid
-from .forward import hidden_product
-from .weights import DiagonalWeights
-from .weights import prepare as prepare_forward
+from ..math import codes, count, gru_gates, gru_gradients, in_range, load_gate_grids, load_grid
+from .weights import DiagonalWeights, hidden_product, load_gate, load_scale, load_values, prepare
+
+__all__ = ["backward", "prepare"]
 
 #: Rows of the sums that a program leaves for its channels: weights and biases of r, z, n.
 _SUMS = 6
@@ -20,9 +19,10 @@ _SUMS = 6
 
 @triton.jit(do_not_specialize=["T", "B"])
 def _backward(
-    gi, h0, mask, states, dstates, dlast, dgi, dh0, adjoint, sums, float_weight, weight, scale, bias, h_grid, state_grid, T, B,
-    H: tl.constexpr, STATE_N: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr,
-    EVEN_STEPS: tl.constexpr, REVERSE: tl.constexpr, PORTABLE: tl.constexpr,
+    gi, h0, mask, states, dstates, dlast, dgi, dh0, adjoint, sums, values, scale, bias, h_grid, state_grid, gates_grid, T, B,
+    H: tl.constexpr, SCALES: tl.constexpr, INTEGER: tl.constexpr, STATE_N: tl.constexpr, GATES_SHAPE: tl.constexpr,
+    BLOCK: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr, EVEN_STEPS: tl.constexpr, REVERSE: tl.constexpr,
+    PORTABLE: tl.constexpr,
 ):  # fmt: skip
     """Program (c, b): channels of tile c of row b, from the last step of the scan to the first.
 
@@ -31,25 +31,19 @@ def _backward(
     b = tl.program_id(1)
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = c < H
-    INTEGER: tl.constexpr = scale is not None
-    w_r = tl.load(weight + c, mask=inside)
-    w_z = tl.load(weight + H + c, mask=inside)
-    w_n = tl.load(weight + 2 * H + c, mask=inside)
-    f_r = tl.load(float_weight + c, mask=inside)
-    f_z = tl.load(float_weight + H + c, mask=inside)
-    f_n = tl.load(float_weight + 2 * H + c, mask=inside)
-    b_r = tl.load(bias + c, mask=inside)
-    b_z = tl.load(bias + H + c, mask=inside)
-    b_n = tl.load(bias + 2 * H + c, mask=inside)
-    s_r, s_z, s_n = w_r, w_z, w_n
-    if INTEGER:
-        s_r = tl.load(scale + c, mask=inside)
-        s_z = tl.load(scale + H + c, mask=inside)
-        s_n = tl.load(scale + 2 * H + c, mask=inside)
+    w_r = load_gate(values, scale, bias, h_grid, 0, c, inside, H, SCALES, INTEGER, PORTABLE)
+    w_z = load_gate(values, scale, bias, h_grid, 1, c, inside, H, SCALES, INTEGER, PORTABLE)
+    w_n = load_gate(values, scale, bias, h_grid, 2, c, inside, H, SCALES, INTEGER, PORTABLE)
+    f_r = load_values(values, 0, c, inside, H) * load_scale(scale, 0, c, inside, H, SCALES)
+    f_z = load_values(values, 1, c, inside, H) * load_scale(scale, 1, c, inside, H, SCALES)
+    f_n = load_values(values, 2, c, inside, H) * load_scale(scale, 2, c, inside, H, SCALES)
     if h_grid is not None:
         h_scale, h_inv, h_low, h_high = load_grid(h_grid, 0, 1)
     if state_grid is not None:
         _, state_inv, state_low, state_high = load_grid(state_grid, tl.minimum(c, H - 1), STATE_N)
+    gate_grids = None
+    if gates_grid is not None:
+        gate_grids = load_gate_grids(gates_grid, tl.minimum(c, H - 1), GATES_SHAPE)
 
     row = tl.cast(B, tl.int64) * H
     # Steps that round the number up to whole groups come first, where the carry is left as it is.
@@ -96,16 +90,17 @@ def _backward(
                 loaded[5 * u].to(tl.float32),
                 loaded[5 * u + 1].to(tl.float32),
                 loaded[5 * u + 2].to(tl.float32),
-                hidden_product(x, w_r, s_r, b_r, INTEGER),
-                hidden_product(x, w_z, s_z, b_z, INTEGER),
-                hidden_product(x, w_n, s_n, b_n, INTEGER),
+                hidden_product(x, w_r, INTEGER),
+                hidden_product(x, w_z, INTEGER),
+                hidden_product(x, w_n, INTEGER),
                 h,
                 PORTABLE,
+                gate_grids,
             )
             kept = tl.full((BLOCK,), 1.0, tl.float32)
             if state_grid is not None:
                 kept = tl.where(in_range(new, state_inv, state_low, state_high), 1.0, 0.0)
-            da_r, da_z, da_n, dh_n, dh = gru_gradients(kept, r, z, n, hn, h)
+            da_r, da_z, da_n, dh_n, dh = gru_gradients(kept, r, z, n, hn, h, gates_grid is not None)
             slope = dh + clip * (f_r * da_r + f_z * da_z + f_n * dh_n)
             here = inside
             runs = inside
@@ -143,35 +138,21 @@ def _backward(
         dgi_p -= UNROLL * step * 3
         at -= UNROLL * step
     tl.store(dh0 + b * H + c, carry, mask=inside)
+    # Of the factor's values, which a scale multiplies in the product.
+    unit = 1.0
+    if INTEGER:
+        unit = h_scale
     sums_p = sums + b * H + c
-    tl.store(sums_p, dw_r, mask=inside)
-    tl.store(sums_p + row, dw_z, mask=inside)
-    tl.store(sums_p + 2 * row, dw_n, mask=inside)
+    tl.store(sums_p, dw_r * (unit * load_scale(scale, 0, c, inside, H, SCALES)), mask=inside)
+    tl.store(sums_p + row, dw_z * (unit * load_scale(scale, 1, c, inside, H, SCALES)), mask=inside)
+    tl.store(sums_p + 2 * row, dw_n * (unit * load_scale(scale, 2, c, inside, H, SCALES)), mask=inside)
     tl.store(sums_p + 3 * row, db_r, mask=inside)
     tl.store(sums_p + 4 * row, db_z, mask=inside)
     tl.store(sums_p + 5 * row, db_n, mask=inside)
 
 
-def prepare(spec: ScanSpec) -> tuple[DiagonalWeights, Tensor, Tensor | None]:
-    """Weights to compute gates again, the float ones ``[3, H]``, and what a gradient of the operand's values is multiplied by.
-
-    Gates are the float state's in every state: what they lack in exactness no gradient shows, and they take half the time.
-    """
-    (factor,) = spec.operand.factors.values()
-    weights = prepare_forward(spec)
-    scale = weights.scale if is_integer(factor, spec.grids.h) else factor.scale
-    if weights.quantized:
-        factors = gate_factors(weights.weight.device)
-        if weights.scale is None:
-            weights = weights._replace(weight=weights.weight * factors)
-        else:
-            weights = weights._replace(scale=weights.scale * factors)
-        weights = weights._replace(bias=weights.bias * factors, quantized=False)
-    return weights, factor.dequantize().float().contiguous(), scale
-
-
 def backward(
-    prepared: tuple[DiagonalWeights, Tensor, Tensor | None],
+    weights: DiagonalWeights,
     gi: Tensor,
     h0: Tensor,
     states: Tensor,
@@ -183,24 +164,27 @@ def backward(
     want_adjoint: bool,
     want_weights: bool,
 ) -> ScanGradients:
-    """Gradients of the sequence, of h0, of the weights and of the bias."""
-    weights, float_weight, scale = prepared
+    """Gradients of the sequence, of h0, of the weights and of the bias.
+
+    Gates are the float state's in every state: what they lack in exactness no gradient shows, and they take half the time. Only
+    where pre-activations have a grid they must be the forward scan's, or some would round to other codes.
+    """
+    portable = weights.gates_grid is not None
     steps, rows, _, hidden = gi.shape
     dgi, dh0 = torch.empty_like(gi), torch.empty_like(h0)
     adjoint = torch.empty_like(states, dtype=torch.float32) if want_adjoint else None
     sums = gi.new_empty((_SUMS, rows, hidden), dtype=torch.float32)
-    constants = weights.tiling(64, unroll=4, stages=4, steps=steps, reverse=reverse)
+    constants = weights.tiling(64, unroll=4, stages=4, steps=steps, reverse=reverse, portable=portable)
     KernelCall(
         kernel=_backward,
         grid=(triton.cdiv(hidden, constants["BLOCK"]), rows, 1),
         io=(gi, h0, mask, states, dstates, dlast, dgi, dh0, adjoint, sums),
-        static=(
-            float_weight, weights.weight, weights.scale, weights.bias, weights.h_grid, weights.state_grid, steps, rows,
-        ),
+        static=(*weights.static, steps, rows),
         constants=constants,
         warps=1,
-    ).run()  # fmt: skip
+        portable=portable,
+    ).run()
     if not want_weights:
         return ScanGradients(dgi, dh0, adjoint=adjoint)
-    dweight, dbias = sums[:3].sum(1), sums[3:].sum(1)
-    return ScanGradients(dgi, dh0, adjoint=adjoint, dfirst=dweight if scale is None else dweight * scale, dbias=dbias)
+    dfirst, dbias = sums.sum(1).split(3)
+    return ScanGradients(dgi, dh0, adjoint=adjoint, dfirst=dfirst, dbias=dbias)

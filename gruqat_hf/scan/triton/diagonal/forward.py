@@ -7,47 +7,33 @@ import triton.language as tl
 from torch import Tensor
 
 from ..family import KernelCall
-from ..math import codes, count, gru_gates, load_grid
-from .weights import DiagonalWeights, prepare
+from ..math import codes, count, gru_gates, load_gate_grids, load_grid
+from .weights import DiagonalWeights, hidden_product, load_gate, prepare
 
 __all__ = ["call", "forward", "prepare"]
 
 
-@triton.jit
-def hidden_product(h, weight, scale, bias, INTEGER: tl.constexpr):
-    """One gate's product of h, or of its codes, plus bias."""
-    product = h * weight
-    if INTEGER:
-        product = product * scale
-    return product + bias
-
-
 @triton.jit(do_not_specialize=["T", "B"])
 def _forward(
-    gi, h0, mask, states, gates, weight, scale, bias, h_grid, state_grid, T, B,
-    H: tl.constexpr, STATE_N: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr,
-    EVEN_STEPS: tl.constexpr, REVERSE: tl.constexpr, PORTABLE: tl.constexpr,
+    gi, h0, mask, states, gates, values, scale, bias, h_grid, state_grid, gates_grid, T, B,
+    H: tl.constexpr, SCALES: tl.constexpr, INTEGER: tl.constexpr, STATE_N: tl.constexpr, GATES_SHAPE: tl.constexpr,
+    BLOCK: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr, EVEN_STEPS: tl.constexpr, REVERSE: tl.constexpr,
+    PORTABLE: tl.constexpr,
 ):  # fmt: skip
     """Program (c, b): channels of tile c of row b. ``gates`` is not used: the backward kernel computes them again."""
     b = tl.program_id(1)
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = c < H
-    INTEGER: tl.constexpr = scale is not None
-    w_r = tl.load(weight + c, mask=inside)
-    w_z = tl.load(weight + H + c, mask=inside)
-    w_n = tl.load(weight + 2 * H + c, mask=inside)
-    b_r = tl.load(bias + c, mask=inside)
-    b_z = tl.load(bias + H + c, mask=inside)
-    b_n = tl.load(bias + 2 * H + c, mask=inside)
-    s_r, s_z, s_n = w_r, w_z, w_n
-    if INTEGER:
-        s_r = tl.load(scale + c, mask=inside)
-        s_z = tl.load(scale + H + c, mask=inside)
-        s_n = tl.load(scale + 2 * H + c, mask=inside)
+    w_r = load_gate(values, scale, bias, h_grid, 0, c, inside, H, SCALES, INTEGER, PORTABLE)
+    w_z = load_gate(values, scale, bias, h_grid, 1, c, inside, H, SCALES, INTEGER, PORTABLE)
+    w_n = load_gate(values, scale, bias, h_grid, 2, c, inside, H, SCALES, INTEGER, PORTABLE)
     if h_grid is not None:
         h_scale, h_inv, h_low, h_high = load_grid(h_grid, 0, 1)
     if state_grid is not None:
         state_scale, state_inv, state_low, state_high = load_grid(state_grid, tl.minimum(c, H - 1), STATE_N)
+    gate_grids = None
+    if gates_grid is not None:
+        gate_grids = load_gate_grids(gates_grid, tl.minimum(c, H - 1), GATES_SHAPE)
 
     row = tl.cast(B, tl.int64) * H
     start = tl.cast(0, tl.int64)
@@ -79,11 +65,12 @@ def _forward(
                 loaded[3 * u].to(tl.float32),
                 loaded[3 * u + 1].to(tl.float32),
                 loaded[3 * u + 2].to(tl.float32),
-                hidden_product(x, w_r, s_r, b_r, INTEGER),
-                hidden_product(x, w_z, s_z, b_z, INTEGER),
-                hidden_product(x, w_n, s_n, b_n, INTEGER),
+                hidden_product(x, w_r, INTEGER),
+                hidden_product(x, w_z, INTEGER),
+                hidden_product(x, w_n, INTEGER),
                 h,
                 PORTABLE,
+                gate_grids,
             )
             if state_grid is not None:
                 new = codes(new, state_inv, state_low, state_high) * state_scale
@@ -108,12 +95,12 @@ def call(
     steps, rows, _, hidden = gi.shape
     # The longer chain of the portable gates wants one channel to a thread.
     warps, block, stages = (1, 32, 4) if weights.quantized else (2, 64, 5)
-    constants = weights.tiling(block, unroll=8, stages=stages, steps=steps, reverse=reverse)
+    constants = weights.tiling(block, unroll=8, stages=stages, steps=steps, reverse=reverse, portable=weights.quantized)
     return KernelCall(
         kernel=_forward,
         grid=(triton.cdiv(hidden, constants["BLOCK"]), rows, 1),
         io=(gi, h0, mask, states, None),
-        static=(weights.weight, weights.scale, weights.bias, weights.h_grid, weights.state_grid, steps, rows),
+        static=(*weights.static, steps, rows),
         constants=constants,
         warps=warps,
         portable=weights.quantized,

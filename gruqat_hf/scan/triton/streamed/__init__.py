@@ -6,6 +6,6 @@ wait for one another. States and what lies between the factors pass through glob
 
 from .backward import backward
 from .forward import forward
-from .tiles import StreamedFactor, StreamedWeights, pad_weight
+from .tiles import StreamedFactor, StreamedWeights, pad_blocks, pad_weight
 
-__all__ = ["StreamedFactor", "StreamedWeights", "backward", "forward", "pad_weight"]
+__all__ = ["StreamedFactor", "StreamedWeights", "backward", "forward", "pad_blocks", "pad_weight"]

@@ -23,7 +23,7 @@ def _backward(
     H: tl.constexpr, FIRST_GATES: tl.constexpr, FIRST_BLOCKS: tl.constexpr, FIRST_OUT: tl.constexpr, FIRST_IN: tl.constexpr,
     FIRST_ROWS: tl.constexpr, FIRST_PADDED: tl.constexpr, FIRST_DEPTH: tl.constexpr,
     BLOCKS: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr, OUT_ROWS: tl.constexpr, PADDED: tl.constexpr, DEPTH: tl.constexpr,
-    KEEP: tl.constexpr, PLANES: tl.constexpr, SLICES: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
+    KEEP: tl.constexpr, PLANES: tl.constexpr, MARKED: tl.constexpr, SLICES: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
     STAGES: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Programs as in the forward scan, from the last step to the first. Weights are transposed: ``FIRST_OUT`` and ``OUT`` count
@@ -74,7 +74,7 @@ def _backward(
             if adjoint is not None:
                 tl.store(adjoint + position * row + offset, tl.where(runs, grad, 0.0), mask=inside)
             passed = tl.where(runs, 0.0, grad)
-            da_r, da_z, da_n, dh_n, dh = step_gradients(tl.where(runs, grad, 0.0), saved, h)
+            da_r, da_z, da_n, dh_n, dh = step_gradients(tl.where(runs, grad, 0.0), saved, h, MARKED)
             dgi_p = dgi + position * row * 3 + b[None, :] * (3 * H) + (k * SIZE + o)[:, None]
             tl.store(dgi_p, da_r, mask=inside)
             tl.store(dgi_p + H, da_z, mask=inside)
@@ -142,7 +142,7 @@ def _backward(
 def backward(
     first: StreamedFactor | None, last: StreamedFactor, h_grid: Tensor | None, precision: str, h0: Tensor, states: Tensor,
     gates: Tensor, passes: Tensor | None, mask: Tensor | None, reverse: bool, dstates: Tensor, dlast: Tensor, dgi: Tensor,
-    dgh_n: Tensor, adjoint: Tensor | None, dmid: Tensor | None,
+    dgh_n: Tensor, adjoint: Tensor | None, dmid: Tensor | None, marked: bool,
 ) -> Tensor:  # fmt: skip
     """Fill ``dgi`` and ``dgh_n``, both fp32, ``adjoint`` and ``dmid``; gives the gradient of h0, ``[B, H]`` fp32.
 
@@ -150,6 +150,7 @@ def backward(
         first, last: float weights, transposed: ``[gates, blocks, in, out]``, in fp32: gradients may be too small for fp16.
         passes: where the grid of the mid values lets gradients through, ``[T * B, mid values]`` uint8, a bit for each gate.
         dmid: ``[T or 1, B, gates, mid values]`` fp32: gradients of the mid values, of all steps or of the latest.
+        marked: whether ``gates`` say where the grid of the pre-activations clipped.
     """
     steps, rows, hidden = states.shape
     facts = device_facts(states.device)
@@ -192,6 +193,7 @@ def backward(
             "DEPTH": tiles.depth_of(last.inputs),
             "KEEP": dmid is not None and dmid.shape[0] == steps,
             "PLANES": planes,
+            "MARKED": marked,
             "SLICES": programs.slices,
             "TILE": tiles.TILE,
             "ROWS": tiles.ROWS,

@@ -11,7 +11,7 @@ from ...spec import grid_size
 from ..device import device_facts
 from ..exchange import gate_planes, group_barrier, new_counters, next_state, store_gates
 from ..family import KernelCall
-from ..math import count, load_grid
+from ..math import count, load_gate_grids, load_grid
 from . import tiles
 from .product import product
 from .tiles import StreamedWeights
@@ -20,12 +20,12 @@ from .tiles import StreamedWeights
 @triton.jit(do_not_specialize=["T", "B"])
 def _forward(
     gi, h0, mask, states, gates, carried, mid, counters, first, first_scale, weight, scale, bias,
-    h_grid, mid_grid, state_grid, T, B,
+    h_grid, mid_grid, state_grid, gates_grid, T, B,
     H: tl.constexpr, FIRST_GATES: tl.constexpr, FIRST_BLOCKS: tl.constexpr, FIRST_OUT: tl.constexpr, FIRST_IN: tl.constexpr,
     FIRST_ROWS: tl.constexpr, FIRST_PADDED: tl.constexpr, FIRST_GROUPS: tl.constexpr, FIRST_DEPTH: tl.constexpr,
     BLOCKS: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr, OUT_ROWS: tl.constexpr, PADDED: tl.constexpr,
-    GROUPS: tl.constexpr, DEPTH: tl.constexpr, MID_N: tl.constexpr, STATE_N: tl.constexpr, PLANES: tl.constexpr,
-    SLICES: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
+    GROUPS: tl.constexpr, DEPTH: tl.constexpr, MID_N: tl.constexpr, STATE_N: tl.constexpr, GATES_SHAPE: tl.constexpr,
+    PLANES: tl.constexpr, SLICES: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
     REVERSE: tl.constexpr, PORTABLE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (i, k, j): every SLICES-th tile from tile i, of block k (two factors: of all blocks), rows j * ROWS and on.
@@ -103,8 +103,10 @@ def _forward(
                 tl.load(gi_p + H, mask=inside, other=0.0).to(tl.float32),
                 tl.load(gi_p + 2 * H, mask=inside, other=0.0).to(tl.float32),
             )
-            state_codes = load_grid(state_grid, tl.minimum(c, H - 1)[:, None], STATE_N) if state_grid is not None else 0
-            r, z, n, hn, new = next_state(now, gh, h, state_codes, state_grid is not None, PORTABLE)
+            channel = tl.minimum(c, H - 1)[:, None]
+            state_codes = load_grid(state_grid, channel, STATE_N) if state_grid is not None else 0
+            gate_grids = load_gate_grids(gates_grid, channel, GATES_SHAPE) if gates_grid is not None else None
+            r, z, n, hn, new = next_state(now, gh, h, state_codes, state_grid is not None, PORTABLE, gate_grids)
             if mask is not None:
                 real = tl.load(mask + position * B + b[None, :], mask=rows_in[None, :], other=0)
                 new = tl.where(real != 0, new, h)
@@ -147,6 +149,7 @@ def forward(
             weights.h_grid,
             weights.mid_grid,
             weights.state_grid,
+            weights.gates_grid,
             steps,
             rows,
         ),
@@ -169,6 +172,7 @@ def forward(
             "DEPTH": tiles.depth_of(last.inputs // last.groups),
             "MID_N": grid_size(weights.mid_grid),
             "STATE_N": grid_size(weights.state_grid),
+            "GATES_SHAPE": None if weights.gates_grid is None else tuple(weights.gates_grid.shape[1:]),
             "PLANES": planes,
             "SLICES": programs.slices,
             "TILE": tiles.TILE,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..math import codes, fetch, to_tf32
+from ..math import codes, to_tf32
+from ..memory import fetch
 
 
 @triton.jit

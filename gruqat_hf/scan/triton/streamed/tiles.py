@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ..device import DeviceFacts
 from ..exchange_plan import power_of_two
@@ -14,10 +14,25 @@ from ..exchange_plan import power_of_two
 TILE, DEPTH, ROWS = 64, 64, 16
 
 
-def pad_weight(weight: Tensor) -> Tensor:
-    """``[gates, blocks, out, in]`` with both sizes rounded up to whole tiles."""
+def pad_blocks(weight: Tensor, rows: int, columns: int, dtype: torch.dtype, factors: Tensor | None = None) -> Tensor:
+    """``[gates, blocks, out, in]`` in ``dtype``, with zeros up to ``rows`` and ``columns``, times ``factors`` ``[gates, 1]`` if
+    given; no copy where nothing changes."""
+    gates, blocks, out, inputs = weight.shape
+    fits, weight = (rows, columns) == (out, inputs), weight.detach()
+    if fits and factors is None and weight.dtype == dtype:
+        return weight.contiguous()
+    padded = (torch.empty if fits else torch.zeros)((gates, blocks, rows, columns), dtype=dtype, device=weight.device)
+    if factors is None:
+        padded[..., :out, :inputs].copy_(weight)
+    else:
+        torch.mul(weight, factors[..., None, None], out=padded[..., :out, :inputs])
+    return padded
+
+
+def pad_weight(weight: Tensor, dtype: torch.dtype | None = None, factors: Tensor | None = None) -> Tensor:
+    """The same with both sizes rounded up to whole tiles."""
     out, inputs = weight.shape[2:]
-    return pad(weight, (0, -inputs % DEPTH, 0, -out % TILE)).contiguous()
+    return pad_blocks(weight, out + -out % TILE, inputs + -inputs % DEPTH, dtype or weight.dtype, factors)
 
 
 class Programs(NamedTuple):
@@ -85,7 +100,7 @@ class StreamedWeights(NamedTuple):
     first: of two factors, or None.
     last: the second of two, or the only one.
     bias: ``[3, H]`` fp32.
-    h_grid, mid_grid, state_grid: packed, or None.
+    h_grid, mid_grid, state_grid, gates_grid: packed, or None.
     """
 
     first: StreamedFactor | None
@@ -94,6 +109,7 @@ class StreamedWeights(NamedTuple):
     h_grid: Tensor | None
     mid_grid: Tensor | None
     state_grid: Tensor | None
+    gates_grid: Tensor | None
     precision: str
     quantized: bool
 
