@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from ..scan import (
     ScanInputs,
     observe_scan,
     prepare_plan,
+    run_first_product,
     run_product,
     run_scan,
 )
@@ -221,7 +223,7 @@ class GRUExecution(nn.Module):
                 watching[name].measure(value)  # by the grid that this scan ran with
                 watching[name].observe(value)
 
-        observe_scan(inputs, states.detach(), watching, tap)
+        observe_scan(inputs, states.detach(), watching, tap, partial(run_first_product, forced=self.backend))
 
 
 def with_idle_scales(module: nn.Module, value: Tensor) -> Tensor:

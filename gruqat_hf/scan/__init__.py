@@ -1,7 +1,7 @@
 """Scans over time: the reference that defines them, and the table that chooses an implementation."""
 
 from .cpu import BACKEND as _CPU
-from .dispatch import BACKEND_VARIABLE, BACKENDS, Backend, Plan, prepare_plan, run_product, run_scan
+from .dispatch import BACKEND_VARIABLE, BACKENDS, Backend, Plan, prepare_plan, run_first_product, run_product, run_scan
 from .hopper import BACKEND as _HOPPER
 from .inputs import LayerWeights, ScanGrids, ScanInputs
 from .product import OperandProduct
@@ -22,6 +22,7 @@ __all__ = [
     "ScanInputs",
     "observe_scan",
     "prepare_plan",
+    "run_first_product",
     "run_product",
     "run_scan",
     "scan_reference",

@@ -42,6 +42,8 @@ class Backend:
         prepare: inference of a whole layer for inputs like the one given, or the reason why there is none; None if it never has.
         prepares_dynamic_x: whether it does so for an input grid that is taken from each input.
         product: the input product of rows ``[R, I]`` with bias, ``[R, gates, H]``, or None for the general one; differentiable.
+        first_product: ``OperandProduct.first_product`` of an operand, the grid of its input and rows ``[R, in]``, or None for the
+            general one; without gradients.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Backend:
     prepare: Callable[[LayerWeights, Tensor], Plan | str] | None = None
     prepares_dynamic_x: bool = False
     product: Callable[[Operand, Grid | None, Tensor | None, Tensor], Tensor | None] | None = None
+    first_product: Callable[[Operand, Grid | None, Tensor], Tensor | None] | None = None
 
 
 #: In order of preference; the reference runs everything and comes last.
@@ -151,3 +154,12 @@ def run_product(
             return found
     product = OperandProduct(operand, grid, mid_grid)(rows)
     return product if bias is None else product + bias
+
+
+def run_first_product(operand: Operand, grid: Grid | None, rows: Tensor, forced: str | None = None) -> Tensor:
+    """``OperandProduct(operand, grid).first_product(rows)`` of rows ``[R, in]``, ``[R, 1 or gates, blocks, rank]``, by the first
+    backend that has its own, bit for bit; without gradients."""
+    for backend in _candidates(forced)[0]:
+        if backend.first_product is not None and (found := backend.first_product(operand, grid, rows)) is not None:
+            return found
+    return OperandProduct(operand, grid).first_product(rows)

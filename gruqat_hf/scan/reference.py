@@ -10,12 +10,14 @@ as in torch.nn.GRU; quantized, each value goes through its grid and each operati
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
 
 from ..arithmetic.gates import portable_sigmoid, portable_tanh
+from ..operands import Operand
+from ..quantization import Grid
 from .inputs import ScanGrids, ScanInputs
 from .product import OperandProduct, Tap
 
@@ -77,12 +79,21 @@ def scan_reference(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     return torch.stack(states), h
 
 
+#: As :meth:`OperandProduct.first_product`, of an operand, the grid of its input and rows.
+FirstProduct = Callable[[Operand, "Grid | None", Tensor], Tensor]
+
+
 @torch.no_grad()
-def observe_scan(inputs: ScanInputs, states: Tensor, points: Collection[str], tap: Tap) -> None:
+def observe_scan(
+    inputs: ScanInputs, states: Tensor, points: Collection[str], tap: Tap, first_product: FirstProduct | None = None
+) -> None:
     """Show ``tap`` what the quantization points ``points`` of a finished scan saw, from its saved states ``[T, B, H]``.
 
     All steps are computed again as rows of one batch, as far as the points need it: values that a grid clipped during the scan
     are seen before clipping, and no observer is called step by step. Padded steps are left out. Other points may be shown too.
+
+    Args:
+        first_product: gives the values of "mid_hidden", the same bits; None computes them here.
     """
     h0 = inputs.h0 if inputs.grids.state is None else inputs.grids.state.round_trip(inputs.h0)
     if inputs.reverse:
@@ -97,7 +108,8 @@ def observe_scan(inputs: ScanInputs, states: Tensor, points: Collection[str], ta
     product = OperandProduct(inputs.operand, inputs.grids.h, inputs.grids.mid)
     if set(points) <= {"h", "mid_hidden"}:
         tap("h", before)
-        tap("mid_hidden", product.first_product(before))
+        mid = product.first_product(before) if first_product is None else first_product(inputs.operand, inputs.grids.h, before)
+        tap("mid_hidden", mid)
         return
     gi = inputs.gi.flatten(0, 1) if rows is None else inputs.gi.flatten(0, 1)[rows]
     gru_step(gi, before, product, inputs.bias, inputs.grids, inputs.quantized, tap)

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
+from ....operands import Factor, MonarchOperand, Operand
+from ....quantization import Grid
 from ...inputs import ScanInputs
-from ...spec import ScanSpec, sums_floats
-from ..device import DeviceFacts
+from ...spec import ScanSpec, is_integer, sums_floats
+from ..device import DeviceFacts, refuses_device
+from ..family import needs_operators
 from ..precision import spec_of
 from .layout import layout_of
 
@@ -14,7 +20,8 @@ PACKS_GATES = True
 
 #: Channels of a program beyond which its tiles do not fit.
 _MOST_POSITIONS = 128
-_EXACT_LIMIT = 1 << 24
+#: Integers up to here are exact in fp16, and sums below this in fp32.
+_HALF, _EXACT_LIMIT = 1 << 11, 1 << 24
 
 
 def refuses(inputs: ScanInputs, facts: DeviceFacts) -> str | None:
@@ -31,6 +38,8 @@ def streams(spec: ScanSpec, facts: DeviceFacts) -> str | None:
     for name, values in (("first", first.values), ("second", second.values)):
         if values.shape[2] != values.shape[3]:
             return f"monarch kernels take square blocks, but those of {name} are {values.shape[2]} x {values.shape[3]}"
+    if spec.grids.gates is not None:
+        return "gate pre-activations are quantized"
     if sums_floats(spec.operand, spec.grids, spec.quantized):
         return "a product has one side in float"
     if (mid := spec.grids.mid) is not None:
@@ -46,3 +55,25 @@ def streams(spec: ScanSpec, facts: DeviceFacts) -> str | None:
     if layout.launch(1, first.values.shape[0], facts, 4, spec.exact) is None:
         return "they need more programs at once, or more shared memory, than the GPU has"
     return None
+
+
+def is_exact(factor: Factor, grid: Grid | None) -> bool:
+    """Whether a factor's product is one of codes that fp16 holds, with sums that fp32 does."""
+    if grid is None or not is_integer(factor, grid):
+        return False
+    sums = factor.qmax * grid.magnitude * factor.values.shape[-1]
+    return max(factor.qmax, grid.magnitude) <= _HALF and sums < _EXACT_LIMIT and grid.scale.numel() == 1
+
+
+def first_product(operand: Operand, grid: Grid | None, rows: Tensor) -> Tensor | None:
+    """``rows`` ``[R, in]`` times the first factor of a quantized two-factor operand, ``[R, g, blocks, rank]``, without gradients.
+    None where the general product is to be taken."""
+    if not isinstance(operand, MonarchOperand) or rows.numel() == 0 or rows.dtype != torch.float32:
+        return None
+    if refuses_device(rows.device) is not None or needs_operators(rows) or not is_exact(operand.first, grid):
+        return None
+    from .mid_product import multiply
+
+    values, _ = multiply(operand.first, grid, rows.contiguous(), "tf32")
+    assert values is not None
+    return values.unflatten(2, operand.first.values.shape[1:3])

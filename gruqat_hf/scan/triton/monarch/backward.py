@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...replay import before_steps
 from ...spec import ScanSpec, pack_grid
 from .. import streamed
 from ..device import device_facts
@@ -26,7 +25,8 @@ from ..exchange import (
     store_planes,
 )
 from ..family import KernelCall, ScanGradients
-from ..math import count, in_range, put, round_to_tf32, to_tf32
+from ..math import count, in_range, round_to_tf32, to_tf32
+from ..memory import put
 from ..precision import fp32_precision
 from . import streams
 from .layout import MonarchLayout, layout_of
@@ -255,10 +255,9 @@ def backward(
     spec = prepared.spec
     steps, rows, _, hidden = gi.shape
     first = spec.operand.factors["first"].values
-    before = mid = None
+    mid = None
     if want_weights or spec.grids.mid is not None:
-        before = before_steps(states, h0, reverse).flatten(0, 1).float()
-        mid = mid_values(spec, before)
+        mid = mid_values(spec, states, h0, reverse, want_weights)
     passes = None if mid is None else mid.passes
     adjoint = torch.empty_like(states, dtype=torch.float32) if want_adjoint else None
     # Gradients of the mid values: of two steps, or of all where the weights need them.
@@ -270,7 +269,7 @@ def backward(
         dgh_n = dgi.new_empty(steps, rows, hidden)
         dh0 = streamed.backward(
             prepared.first, prepared.second, prepared.h_grid, fp32_precision(spec), h0, states, gates, passes, mask, reverse,
-            dstates, dlast, dgi, dgh_n, adjoint, dmid,
+            dstates, dlast, dgi, dgh_n, adjoint, dmid, spec.grids.gates is not None,
         )  # fmt: skip
         dgi, dgh_n, dh0 = dgi.to(gi.dtype), dgh_n.to(gi.dtype), dh0.to(h0.dtype)
     else:
@@ -280,8 +279,7 @@ def backward(
         _packed(prepared, h0, mask, reverse, states, gates, passes, dstates, dlast, dgi, dgh_n, dh0, adjoint, dmid, want_weights)
     weights = None, None, None
     if want_weights:
-        assert before is not None and mid is not None
-        rows_of = (dmid.flatten(0, 1), dgi.flatten(0, 1), dgh_n.flatten(0, 1))
-        weights = weight_gradients(spec, before, mid, *rows_of)
+        assert mid is not None
+        weights = weight_gradients(spec, states, h0, reverse, mid, dmid, dgi, dgh_n)
     dfirst, dsecond, dbias = weights
     return ScanGradients(dgi=dgi, dh0=dh0, adjoint=adjoint, dfirst=dfirst, dsecond=dsecond, dbias=dbias)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ....operands import Factor
 from ....quantization import Grid
-from ...spec import ScanSpec, is_integer, pack_grid, sums_floats
+from ...spec import ScanSpec, is_integer, pack_gates_grid, pack_grid, sums_floats
 from .. import streamed
 from ..device import device_facts
 from ..exchange import (
@@ -84,7 +84,7 @@ def prepare(spec: ScanSpec) -> Prepared | streamed.StreamedWeights:
     precision = fp32_precision(replace(spec, exact=True) if floats else spec)
     if streams(spec, device_facts(device)) is not None:
         both = streamed.StreamedFactor.of(first_values, first_scale), streamed.StreamedFactor.of(second_values, second_scale)
-        return streamed.StreamedWeights(*both, bias, *packed_grids, precision, spec.quantized)
+        return streamed.StreamedWeights(*both, bias, *packed_grids, pack_gates_grid(grids.gates), precision, spec.quantized)
     layout = layout_of(tuple(first.values.shape), tuple(second.values.shape))
     return Prepared(
         layout,
