@@ -16,6 +16,7 @@ from ..inputs import LayerWeights, ScanInputs
 from ..triton import run_family
 from ..triton.choice import choose, register
 from ..triton.device import DeviceFacts
+from ..triton.monarch import first_product
 from ..triton.plan import prepare_plan
 from ..triton.training_product import dense_product
 from . import block_diagonal, dense, monarch
@@ -44,4 +45,4 @@ def _prepare(weights: LayerWeights, x: Tensor) -> Plan | str:
     return prepare_plan(weights, x, _candidates)
 
 
-BACKEND = Backend("hopper", _select, prepare=_prepare, product=dense_product)
+BACKEND = Backend("hopper", _select, prepare=_prepare, product=dense_product, first_product=first_product)

@@ -39,19 +39,30 @@ class ClusterCall(KernelCall):
 
     Attributes:
         cluster: its programs; the grid's first dimension is 1.
+        registers: of a thread at most, if the compiler is not to weigh them against more programs on a processor.
     """
 
     cluster: int = 1
+    registers: int | None = None
 
-    def run(self) -> Any:
-        """Launch; gives the compiled kernel."""
-        device = next(tensor for tensor in self.io if tensor is not None).device
-        with torch.cuda.device(device):
-            arguments, options = (*self.io, *self.static), {"num_warps": self.warps, "enable_fp_fusion": not self.portable}
-            compiled = self.kernel.warmup(*arguments, grid=self.grid, **self.constants, **options)
-            compiled.packed_metadata = (self.warps, self.cluster, compiled.metadata.shared)
-            compiled[self.grid](*arguments, *self.constants.values())
+    def _options(self) -> tuple[Any, ...]:
+        return *super()._options(), self.cluster, self.registers
+
+    def _launch(self) -> Any:
+        arguments = (*self.io, *self.static)
+        options = {"num_warps": self.warps, "enable_fp_fusion": not self.portable, "maxnreg": self.registers}
+        compiled = self.kernel.warmup(*arguments, grid=self.grid, **self.constants, **options)
+        compiled.packed_metadata = (self.warps, self.cluster, compiled.metadata.shared)
+        _allow_shared(compiled)
+        compiled[self.grid](*arguments, *self.constants.values())
         return compiled
+
+
+def _allow_shared(compiled: Any) -> None:
+    """Allow a kernel its shared memory: Triton does so where its own passes 48 KB, but the exchange's comes on top of that."""
+    compiled._init_handles()
+    cuda = ctypes.CDLL("libcuda.so.1")
+    cuda.cuFuncSetAttribute(ctypes.c_void_p(compiled.function), _MAX_DYNAMIC_SHARED, compiled.metadata.shared)
 
 
 class _Attribute(ctypes.Structure):

@@ -7,7 +7,7 @@ from types import ModuleType
 
 import torch
 
-from ...operands import BlockDiagonalOperand, DiagonalOperand, MonarchOperand
+from ...operands import BlockDiagonalOperand, DiagonalOperand, MonarchOperand, Operand
 from ..inputs import ScanInputs
 from . import block_diagonal, dense, diagonal, monarch
 from .device import DeviceFacts, device_facts, refuses_device
@@ -33,14 +33,18 @@ def family_rules(name: str) -> ModuleType:
     return _FAMILIES[name]
 
 
+def interleaved_programs(name: str, operand: Operand) -> int:
+    """In the exchange order of how many programs a family's launches take and give ``gi``, states and 16-bit gates of an operand;
+    1 where channels are in natural order."""
+    rule = getattr(_FAMILIES[name], "interleaved_programs", None)
+    return 1 if rule is None else rule(operand)
+
+
 def refuses_product(inputs: ScanInputs) -> str | None:
     """Why no kernel computes the scan's values as the reference does, or None."""
-    grids = inputs.grids
-    if grids.gates is not None:
-        return "gate pre-activations are quantized"
     if inputs.gi.dtype not in _DTYPES or inputs.h0.dtype not in _DTYPES:
         return f"dtype {inputs.gi.dtype} is not one of fp32, fp16, bf16"
-    if not inputs.quantized and (grids.any or inputs.operand.is_quantized):
+    if not inputs.quantized and (inputs.grids.any or inputs.operand.is_quantized):
         return "a grid is active in the float state"
     return None
 
@@ -49,7 +53,7 @@ def candidates(inputs: ScanInputs, facts: DeviceFacts) -> tuple[str, ...]:
     """The families that take an operand, best first.
 
     A block that stays with one program is best left there; a larger one is spread over many programs ("dense"), and where the GPU
-    has no room for all of them at once it streams through one.
+    has no room for all of them at once it streams through one. So it does where pre-activations have a grid.
     """
     operand = inputs.operand
     if isinstance(operand, DiagonalOperand):
@@ -59,7 +63,7 @@ def candidates(inputs: ScanInputs, facts: DeviceFacts) -> tuple[str, ...]:
     if isinstance(operand, BlockDiagonalOperand):
         exact = not inputs.quantized and spec_of(inputs).exact
         small = block_diagonal.is_resident(operand.blocks.values.shape[-1], exact, facts)
-        return ("block_diagonal",) if small else ("dense", "block_diagonal")
+        return ("block_diagonal",) if small or inputs.grids.gates is not None else ("dense", "block_diagonal")
     return ()
 
 

@@ -16,6 +16,7 @@ from ..spec import is_integer, pack_grid
 from .device import device_facts
 from .family import KernelCall, aligned
 from .math import codes, load_grid
+from .transposition import transposed
 
 #: Gives ``[R, 3 * H]`` for rows ``[R, I]``.
 InputProduct = Callable[[Tensor], Tensor]
@@ -112,16 +113,21 @@ def integer_calls(
     return quantize, multiply
 
 
-def _integer(weights: LayerWeights) -> InputProduct:
+def _interleaved(values: Tensor, programs: int) -> Tensor:
+    """``[3 * H, ...]``, all channels of each gate, in the exchange order of so many programs."""
+    return values.unflatten(0, (3, -1, programs)).transpose(1, 2).flatten(0, 2) if programs > 1 else values
+
+
+def _integer(weights: LayerWeights, programs: int) -> InputProduct:
     """A dense product of codes."""
     factor = weights.input.factors["blocks"]
     assert weights.x is not None
     scale = weights.x.scale.reshape(-1, 1, 1, 1) * factor.scale
     features = factor.values.shape[-1]
-    scale = scale.expand(*factor.values.shape[:3], -1).reshape(-1, scale.shape[-1]).t().contiguous()
+    scale = _interleaved(scale.expand(*factor.values.shape[:3], -1).reshape(-1, scale.shape[-1]), programs).t().contiguous()
     dtype = torch.int8 if weights.x.magnitude <= 127 else torch.float16
-    weight = factor.values.to(dtype).reshape(-1, features).contiguous()
-    bias = None if weights.bias_input is None else weights.bias_input.reshape(-1).contiguous()
+    weight = _interleaved(factor.values.to(dtype).reshape(-1, features), programs).contiguous()
+    bias = None if weights.bias_input is None else _interleaved(weights.bias_input.reshape(-1), programs).contiguous()
     grid = pack_grid(weights.x)
     columns = weight.shape[0]
 
@@ -142,11 +148,11 @@ def _integer(weights: LayerWeights) -> InputProduct:
     return product
 
 
-def _float(weights: LayerWeights) -> InputProduct:
+def _float(weights: LayerWeights, programs: int) -> InputProduct:
     """A product with the operand written out as one matrix, in the precision that PyTorch is set to."""
     # Transposed as a view: tf32 matrix units want both sides contiguous along the summed dimension.
-    weight = weights.input.to_dense().flatten(0, 1).contiguous().t()
-    bias = None if weights.bias_input is None else weights.bias_input.reshape(-1).to(weight.dtype)
+    weight = _interleaved(weights.input.to_dense().flatten(0, 1), programs).contiguous().t()
+    bias = None if weights.bias_input is None else _interleaved(weights.bias_input.reshape(-1), programs).to(weight.dtype)
 
     def product(rows: Tensor) -> Tensor:
         rows = rows.to(weight.dtype)
@@ -155,20 +161,25 @@ def _float(weights: LayerWeights) -> InputProduct:
     return product
 
 
-def input_product(weights: LayerWeights) -> InputProduct:
-    """The product of a layer's input, prepared once; the bits of the reference where quantized."""
+def input_product(weights: LayerWeights, programs: int = 1) -> InputProduct:
+    """The product of a layer's input, prepared once; the bits of the reference where quantized.
+
+    Args:
+        programs: in whose exchange order each gate's channels are to be; 1 for natural order.
+    """
     if isinstance(weights.input, BlockDiagonalOperand):
         blocks = weights.input.blocks
         if not weights.quantized:
-            return _float(weights)
+            return _float(weights, programs)
         if is_integer(blocks, weights.x) and blocks.values.shape[1] == 1:
-            return _integer(weights)
+            return _integer(weights, programs)
     reference = OperandProduct(weights.input, weights.x, weights.mid_input)
 
     def product(rows: Tensor) -> Tensor:
         out = reference(rows)
         if weights.bias_input is not None:
             out = out + weights.bias_input
+        out = out if programs == 1 else transposed(out, programs)
         return out.flatten(1)
 
     return product

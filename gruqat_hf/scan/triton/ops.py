@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import replay
 from ..spec import ScanSpec, SpecTensors, flatten, restore
-from .choice import family_rules
+from .choice import family_rules, interleaved_programs
 from .family import ScanGradients, kernels, needs_operators
 
 #: "1" computes gates again in the backward pass instead of keeping ``4 * T * B * H`` values between the passes.
@@ -20,11 +20,11 @@ RECOMPUTE_VARIABLE = "GRUQAT_RECOMPUTE_GATES"
 
 _SPEC = (
     "Tensor first, Tensor? first_scale, Tensor? second, Tensor? second_scale, Tensor? bias, "
-    "Tensor? h_grid, Tensor? mid_grid, Tensor? state_grid, Tensor? mask, "
+    "Tensor? h_grid, Tensor? mid_grid, Tensor? state_grid, Tensor? gates_grid, Tensor? mask, "
     "str family, int[] limits, bool quantized, bool exact, bool reverse"
 )
 #: Positions in the forward operator's arguments.
-_FIRST, _MASK = 2, 10
+_FIRST, _MASK = 2, 11
 
 
 def _split(args: tuple[Any, ...]) -> tuple[ScanSpec, Tensor | None, str, bool]:
@@ -58,8 +58,7 @@ def _empty_outputs(gi: Tensor, h0: Tensor, *args: Any) -> tuple[Tensor, Tensor, 
     return states, last, gates
 
 
-def _scan_backward(gi: Tensor, h0: Tensor, *args: Any) -> list[Tensor]:
-    """The fields of :class:`ScanGradients`, an empty tensor for None."""
+def _scan_backward(gi: Tensor, h0: Tensor, *args: Any) -> ScanGradients:
     *spec_args, states, gates, dstates, dlast, want_adjoint, want_weights = args
     spec, mask, family, reverse = _split(tuple(spec_args))
     if family_rules(family).SAVES_GATES and gates.numel() == 0:
@@ -67,12 +66,24 @@ def _scan_backward(gi: Tensor, h0: Tensor, *args: Any) -> list[Tensor]:
         gates = gi.new_empty((steps, rows, 4, hidden), dtype=spec.gates_dtype)
         packs = family_rules(family).PACKS_GATES and gates.dtype == torch.float16
         replay.recompute_gates(spec, gi, h0, states, reverse, gates, packs)
+        if packs and (programs := interleaved_programs(family, spec.operand)) > 1:
+            from .transposition import transposed
+
+            by_channel = gates.view(-1).view(torch.int64).view(states.shape)
+            gates = transposed(by_channel, programs).view(gates.dtype).view_as(gates)
     dstates = torch.zeros_like(states) if dstates is None else dstates.contiguous()
     dlast = torch.zeros_like(h0, dtype=states.dtype) if dlast is None else dlast.contiguous()
     backward = kernels(family, "backward")
-    result = backward.backward(
+    return backward.backward(
         backward.prepare(spec), gi, h0, states, gates, mask, reverse, dstates, dlast, want_adjoint, want_weights
     )
+
+
+def _backward_fields(gi: Tensor, h0: Tensor, *args: Any) -> list[Tensor]:
+    """The gradients as an operator may give them: an empty tensor for None, and dbias not in one piece of memory with dfirst."""
+    result = _scan_backward(gi, h0, *args)
+    if result.dbias is not None:
+        result = result._replace(dbias=result.dbias.clone())
     return [gi.new_empty(0) if field is None else field for field in result]
 
 
@@ -103,7 +114,7 @@ triton_scan = torch.library.custom_op(
 triton_scan.register_fake(_empty_outputs)
 triton_scan_backward = torch.library.custom_op(
     "gruqat_hf::triton_scan_backward",
-    _scan_backward,
+    _backward_fields,
     mutates_args=(),
     schema=(
         f"(Tensor gi, Tensor h0, {_SPEC}, Tensor states, Tensor gates, Tensor? dstates, Tensor? dlast, "
@@ -122,17 +133,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _gradients(
-    ctx: Any, dstates: Tensor | None, dlast: Tensor | None, run_backward: Callable[..., list[Tensor]]
+    ctx: Any, dstates: Tensor | None, dlast: Tensor | None, run_backward: Callable[..., ScanGradients]
 ) -> tuple[Any, ...]:
     """Gradients of the forward operator's arguments."""
     gi, h0, *tensors, mask, states, gates = ctx.saved_tensors
     needs = SpecTensors(*ctx.needs_input_grad[_FIRST:_MASK])
-    needs_scales = any((needs.first_scale, needs.second_scale, needs.h_grid, needs.mid_grid, needs.state_grid))
+    needs_scales = any((needs.first_scale, needs.second_scale, needs.h_grid, needs.mid_grid, needs.state_grid, needs.gates_grid))
     needs_weights = any((needs.first, needs.second, needs.bias))
-    fields = run_backward(
+    result = run_backward(
         gi, h0, *tensors, mask, *ctx.options, states, gates, dstates, dlast, needs_scales, needs_weights and not needs_scales
     )
-    result = ScanGradients(*(field if field.numel() else None for field in fields))
     spec, mask, _, reverse = _split((*tensors, mask, *ctx.options))
     found = SpecTensors(*(None,) * len(tensors))  # type: ignore[arg-type]
     if needs_scales:
@@ -148,9 +158,13 @@ def _gradients(
     return (result.dgi, result.dh0, *weights, None, *(None,) * len(ctx.options), None)
 
 
+def _by_operator(*args: Any) -> ScanGradients:
+    return ScanGradients(*(field if field.numel() else None for field in triton_scan_backward(*args)))
+
+
 torch.library.register_autograd(
     "gruqat_hf::triton_scan",
-    lambda ctx, dstates, dlast, _: _gradients(ctx, dstates, dlast, triton_scan_backward),
+    lambda ctx, dstates, dlast, _: _gradients(ctx, dstates, dlast, _by_operator),
     setup_context=_setup_context,
 )
 

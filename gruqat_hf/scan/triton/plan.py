@@ -11,7 +11,7 @@ from torch import Tensor
 from ..dispatch import Plan
 from ..inputs import LayerWeights, ScanInputs
 from ..reference import scan_reference
-from .choice import Candidates, candidates, choose
+from .choice import Candidates, candidates, choose, interleaved_programs
 from .family import aligned, kernels
 from .precision import spec_of
 
@@ -22,13 +22,18 @@ _Launch = Callable[[Tensor, Tensor, "Tensor | None", Tensor], None]
 class LayerPlan:
     """A ``Plan``: called with ``x`` ``[T, B, I]``, ``h0`` ``[B, H]`` or None, ``mask`` ``[T, B]`` or None, and the direction."""
 
-    def __init__(self, weights: LayerWeights, candidates: Candidates) -> None:
+    def __init__(self, weights: LayerWeights, candidates: Candidates, programs: int) -> None:
+        """
+        Args:
+            programs: in whose exchange order the input product is to be, as the family to run wants it; 1 for natural order.
+        """
         from .input_product import input_product
 
         self._weights = weights
         self._candidates = candidates
         self._hidden = weights.hidden.out_features
-        self._product = input_product(weights)
+        self._programs = programs
+        self._product = input_product(weights, programs)
         self._prepared: dict[str, Any] = {}
         self._launches: dict[tuple[Any, ...], _Launch] = {}
         self._zeros: dict[tuple[Any, ...], Tensor] = {}
@@ -65,13 +70,46 @@ class LayerPlan:
         family, _ = choose(inputs, self._candidates)
         if family is None:  # of another tier, that takes fewer shapes
             family, _ = choose(inputs)
+        programs = 1 if family is None else interleaved_programs(family, weights.hidden)
+        gi = self._in_order(gi, programs)
+        if programs == 1:
+            launch = self._kernel(family, inputs, gi, states)
+        else:
+            launch = self._interleaved(self._kernel(family, inputs, gi, states), states, programs)
+        return lambda gi, h0, mask, states: launch(self._in_order(gi, programs), h0, mask, states)
+
+    def _in_order(self, gi: Tensor, programs: int) -> Tensor:
+        """The input product in the exchange order of so many programs."""
+        if programs == self._programs:
+            return gi
+        from .transposition import transposed
+
+        gi = gi if self._programs == 1 else transposed(gi, self._hidden // self._programs)
+        return gi if programs == 1 else transposed(gi, programs)
+
+    def _interleaved(self, scan: _Launch, states: Tensor, programs: int) -> _Launch:
+        """The launch of a scan whose states are in exchange order, and one that brings them into natural order."""
+        from .transposition import transposition
+
+        reorder = transposition(torch.empty_like(states), states, self._hidden // programs).compiled()
+
+        def launch(gi: Tensor, h0: Tensor, mask: Tensor | None, states: Tensor) -> None:
+            scanned = torch.empty_like(states)
+            scan(gi, h0, mask, scanned)
+            reorder(scanned, states, None)
+
+        return launch
+
+    def _kernel(self, family: str | None, inputs: ScanInputs, gi: Tensor, states: Tensor) -> _Launch:
+        """The launch of a family's kernel, or of the reference."""
+        h0, reverse = inputs.h0, inputs.reverse
         if family is None:
             return lambda gi, h0, mask, states: self._reference(gi, h0, mask, reverse, states)
         forward = kernels(family, "forward")
         if family not in self._prepared:
             self._prepared[family] = forward.prepare(spec_of(inputs))
         prepared = self._prepared[family]
-        call = forward.call(prepared, gi, h0, mask, reverse, states, None) if hasattr(forward, "call") else None
+        call = forward.call(prepared, gi, h0, inputs.mask, reverse, states, None) if hasattr(forward, "call") else None
         if call is None:
             return lambda gi, h0, mask, states: forward.forward(prepared, gi, h0, mask, reverse, states, None)
         run = call.compiled()
@@ -96,4 +134,4 @@ def prepare_plan(weights: LayerWeights, x: Tensor, candidates: Candidates = cand
     gi, h0 = (torch.empty(shape, dtype=dtype, device=x.device) for shape in ((steps, rows, 3, hidden), (rows, hidden)))
     inputs = ScanInputs(gi, h0, weights.hidden, weights.bias_hidden, weights.grids, None, False, weights.quantized)
     family, reason = choose(inputs, candidates)
-    return reason if family is None else LayerPlan(weights, candidates)
+    return reason if family is None else LayerPlan(weights, candidates, interleaved_programs(family, weights.hidden))

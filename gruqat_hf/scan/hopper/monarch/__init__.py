@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ....operands import Operand
 from ...inputs import ScanInputs
 from ...triton import monarch as portable
 from ...triton.device import DeviceFacts
@@ -17,6 +18,18 @@ PACKS_GATES = True
 SUMS_WEIGHTS = True
 #: Rows of the batch that a cluster takes. With 8 a step takes longer than two waves of clusters with 4.
 TILE_ROWS = 4
+#: Steps on their way from global memory, a power of two: some 2 µs of them.
+STEPS = 4
+#: Registers of a thread. Left alone, the compiler uses fewer for the sake of more programs on a processor, and for that lines up
+#: products one after another.
+REGISTERS = 255
+
+
+def interleaved_programs(operand: Operand) -> int:
+    """How many programs take channels in turn: ``gi`` and states of a launch, and 16-bit gates, are in their exchange order."""
+    programs = programs_of(*(tuple(factor.values.shape) for factor in operand.factors.values()))
+    assert programs is not None
+    return programs
 
 
 def refuses(inputs: ScanInputs, facts: DeviceFacts) -> str | None:

@@ -1,68 +1,63 @@
 """Forward scan of two-factor operands on Hopper clusters.
 
 A step waits for: states, first product, mid values to the others, theirs, second product, gates, states to the others. Warps
-exchange by themselves, without a barrier among those of a program. Weights stay in registers, where inputs of the next steps are
-on their way.
+exchange by themselves, without a barrier among those of a program. Weights stay in registers, inputs of the next steps are on
+their way to shared memory, and what a step stores waits for the next one's mid values to be on their way.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 from torch import Tensor
 
 from ...spec import grid_size
 from ...triton.block_diagonal.weights import packed
-from ...triton.family import aligned
 from ...triton.math import codes, gru_gates, in_range, load_grid, pack_gates
+from ...triton.transposition import transposed, transposition
 from ..cluster import ClusterCall
-from ..exchange import area_of, area_shape, close_exchange, open_exchange, read_chunks, send_pairs, wait_for_round
-from ..gluon import gl, jit, mma_v2
-from ..layouts import gate_layout, load_weights, product_layout, to_gates, to_product
-from . import TILE_ROWS
+from ..exchange import area_of, area_shape, close_exchange, open_exchange, send_pairs, wait_for_round
+from ..gluon import gl, jit
+from ..layouts import gate_layout, product_layout, to_product
+from . import REGISTERS, STEPS, TILE_ROWS
+from .memory import commit_step, copy_pairs, in_order, open_memory, plane_bytes, take_pairs, wait_for_step
+from .product import chunks_at, load_parts, multiply, parts_of, read_parts
 from .weights import MonarchWeights
 from .weights import forward_weights as prepare
 
 __all__ = ["call", "forward", "prepare"]
 
 
-@jit
-def _load_inputs(pointer, mask, H: gl.constexpr):
-    """The three gates' inputs of a step."""
-    r = gl.load(pointer, mask=mask, other=0.0)
-    z = gl.load(pointer + H, mask=mask, other=0.0)
-    n = gl.load(pointer + 2 * H, mask=mask, other=0.0)
-    return r, z, n
-
-
 @jit(do_not_specialize=["T", "B"])
 def _forward(
     gi, h0, mask, states, gates, first, second, first_scale, second_scale, bias, h_grid, mid_grid, state_grid, T, B,
-    H: gl.constexpr, PROGRAMS: gl.constexpr, ROWS: gl.constexpr, FIRST_GATES: gl.constexpr, MID_N: gl.constexpr,
-    STATE_N: gl.constexpr, REVERSE: gl.constexpr, PORTABLE: gl.constexpr,
+    H: gl.constexpr, PROGRAMS: gl.constexpr, ROWS: gl.constexpr, STEPS: gl.constexpr, FIRST_GATES: gl.constexpr,
+    MID_N: gl.constexpr, STATE_N: gl.constexpr, REVERSE: gl.constexpr, PORTABLE: gl.constexpr,
 ):  # fmt: skip
-    """Program (p, j): block p of either factor, of rows j * ROWS and on. Other parameters as in the block-diagonal kernel.
+    """Program (p, j): block p of either factor, of rows j * ROWS and on. ``gi``, ``states`` and packed ``gates`` are in exchange
+    order. Other parameters as in the block-diagonal kernel.
 
-    Steps go in pairs; those of the next two pairs are in registers or on their way there.
+    Steps go in pairs, for the slots of the exchange; a last step that is none computes on zeros, and stores nothing.
     """
     BLOCK: gl.constexpr = H // PROGRAMS
     SHARE: gl.constexpr = BLOCK // PROGRAMS
     GATES: gl.constexpr = gate_layout(BLOCK, ROWS)
-    PRODUCT: gl.constexpr = product_layout(BLOCK)
-    RIGHT: gl.constexpr = gl.DotOperandLayout(1, PRODUCT, 2)
     SLOT: gl.constexpr = BLOCK * ROWS * 2
     AREA: gl.constexpr = area_shape((SLOT, FIRST_GATES * SLOT), 2)
+    GATE: gl.constexpr = PROGRAMS * BLOCK * BLOCK
+    PLANE: gl.constexpr = plane_bytes(gi.dtype.element_ty, BLOCK, ROWS)
+    PACKED: gl.constexpr = gates is not None and gates.dtype.element_ty == gl.int64
     part = gl.program_id(0)
     first_row = gl.program_id(1) * ROWS
 
     first_tile = first + part * (BLOCK * BLOCK)
     second_tile = second + part * (BLOCK * BLOCK)
-    GATE: gl.constexpr = PROGRAMS * BLOCK * BLOCK
     first_weights = ()
     for g in gl.static_range(FIRST_GATES):
-        first_weights = first_weights + (load_weights(first_tile + g * GATE, BLOCK),)
-    w_r = load_weights(second_tile, BLOCK)
-    w_z = load_weights(second_tile + GATE, BLOCK)
-    w_n = load_weights(second_tile + 2 * GATE, BLOCK)
+        first_weights = first_weights + (load_parts(first_tile + g * GATE, BLOCK),)
+    w_r = load_parts(second_tile, BLOCK)
+    w_z = load_parts(second_tile + GATE, BLOCK)
+    w_n = load_parts(second_tile + 2 * GATE, BLOCK)
 
     u = gl.arange(0, BLOCK, layout=gl.SliceLayout(1, GATES))
     j = gl.arange(0, ROWS, layout=gl.SliceLayout(0, GATES))
@@ -72,7 +67,7 @@ def _forward(
     b_z = gl.load(bias + H + c)[:, None]
     b_n = gl.load(bias + 2 * H + c)[:, None]
     zeros = gl.full([BLOCK, ROWS], 0.0, gl.float32, layout=GATES)
-    nothing = to_product(zeros)
+    nothing = gl.full([BLOCK, 8], 0.0, gl.float32, layout=product_layout(BLOCK))
     if PORTABLE:
         start_r = nothing
         start_z = nothing
@@ -99,24 +94,27 @@ def _forward(
     start = (T - 1).to(gl.int64) if REVERSE else gl.to_tensor(0).to(gl.int64)
     step = row * sign
     inside = (b < B)[None, :] & (u >= 0)[:, None]
-    offset = b[None, :] * H + c[:, None]
-    h = gl.load(h0 + offset, mask=inside, other=0.0).to(gl.float32)
+    offset = b[None, :] * H + (part * BLOCK + u)[:, None]
+    h = gl.load(h0 + (b[None, :] * H + c[:, None]), mask=inside, other=0.0).to(gl.float32)
     out_p = states + start * row
+    kept = gl.full([BLOCK, ROWS], 0, gl.int64, layout=GATES)
     if gates is not None:
-        PACKED: gl.constexpr = gates.dtype.element_ty == gl.int64
         planes: gl.constexpr = 1 if PACKED else 4
         gates_p = gates + start * row * planes
-        gates_offset = b[None, :] * (planes * H) + c[:, None]
     if mask is not None:
+        valid = b < B
         mask_p = mask + start * B + b
-    gi_p = gi + start * row * 3 + (b[None, :] * (3 * H) + c[:, None])
-    now = _load_inputs(gi_p, inside, H) + _load_inputs(gi_p + step * 3, inside & (1 < T), H)
-    gi_p += step * 6
-    coming = _load_inputs(gi_p, inside & (2 < T), H) + _load_inputs(gi_p + step * 3, inside & (3 < T), H)
+        real = gl.load(mask_p, mask=valid, other=0), gl.load(mask_p + sign * B, mask=valid & (1 < T), other=0)
 
-    k = gl.arange(0, BLOCK, layout=gl.SliceLayout(1, RIGHT))[:, None]
-    column = gl.arange(0, 8, layout=gl.SliceLayout(0, RIGHT))[None, :]
-    operand_at = column * ROWS // 8 * 64 + ((k >> 1) & 3) * 16
+    open_memory(STEPS * 3 * PLANE)
+    pair_at = ((u >> 1)[:, None] * ROWS + j[None, :]) * (2 * PLANE // (BLOCK * ROWS))
+    gi_p = gi + start * row * 3 + (b[None, :] * (3 * H) + (part * BLOCK + u)[:, None])
+    for i in gl.static_range(STEPS):
+        copy_pairs(pair_at + i * (3 * PLANE), gi_p, inside & (i < T), 3, H, PLANE)
+        commit_step()
+        gi_p += step * 3
+
+    chunk_at = chunks_at(BLOCK, ROWS, parts_of(BLOCK))
     number = part * SHARE + u % SHARE
     place = ((number >> 5) * (ROWS * 64) + ((number >> 3) & 3) * 16 + (number & 7) * 2)[:, None] + j[None, :] * 64
     open_exchange(AREA)
@@ -126,69 +124,88 @@ def _forward(
     send_pairs(x.to(gl.float16), area, to, 0, AREA)
 
     for t in range(0, T, 2):
-        gi_p += step * 6
-        later = _load_inputs(gi_p, inside & (t + 4 < T), H) + _load_inputs(gi_p + step * 3, inside & (t + 5 < T), H)
         for i in gl.static_range(2):
-            if mask is not None:
-                real = gl.load(mask_p, mask=(b < B) & (t + i < T), other=0)
-                mask_p += sign * B
-            wait_for_round(t // 2, 2 * i, AREA)
-            right = read_chunks(operand_at, 2 * i, AREA, BLOCK // 32, ROWS * 64)
+            wait_for_round(t >> 1, 2 * i, AREA)
+            right = read_parts(chunk_at, 2 * i, AREA, BLOCK, ROWS)
             for g in gl.static_range(FIRST_GATES):
-                mid = to_gates(mma_v2(first_weights[g], right, nothing), ROWS)
+                mid = multiply(first_weights[g], right, nothing, ROWS)
                 if PORTABLE:
                     _, mid_inv, mid_low, mid_high = mid_grids[g]
                     mid = codes(mid * mid_scales[g], mid_inv, mid_low, mid_high)
                 send_pairs(mid.to(gl.float16), area, to + g * SLOT, 2 * i + 1, AREA)
-            wait_for_round(t // 2, 2 * i + 1, AREA)
-            right = read_chunks(operand_at, 2 * i + 1, AREA, BLOCK // 32, ROWS * 64)
-            gh_r = to_gates(mma_v2(w_r, right, start_r), ROWS)
+
+            # While mid values are on their way: results of the step before, inputs of this one and of a later one.
+            in_order()
+            before = inside & (t + i > 0) & (t + i <= T)
+            gl.store(out_p - step + offset, h.to(states.dtype.element_ty), mask=before)
+            if PACKED:
+                gl.store(gates_p - step + offset, kept, mask=before)
+            wait_for_step(STEPS - 1)
+            at = pair_at + ((t + i) & (STEPS - 1)) * (3 * PLANE)
+            gi_r = take_pairs(at, gi.dtype.element_ty).to(gl.float32)
+            gi_z = take_pairs(at + PLANE, gi.dtype.element_ty).to(gl.float32)
+            gi_n = take_pairs(at + 2 * PLANE, gi.dtype.element_ty).to(gl.float32)
+            copy_pairs(at, gi_p, inside & (t + i + STEPS < T), 3, H, PLANE)
+            commit_step()
+            gi_p += step * 3
+            if mask is not None:
+                if i == 0:
+                    mask_p += 2 * sign * B
+                    coming = (
+                        gl.load(mask_p, mask=valid & (t + 2 < T), other=0),
+                        gl.load(mask_p + sign * B, mask=valid & (t + 3 < T), other=0),
+                    )
+
+            wait_for_round(t >> 1, 2 * i + 1, AREA)
+            right = read_parts(chunk_at, 2 * i + 1, AREA, BLOCK, ROWS)
+            gh_r = multiply(w_r, right, start_r, ROWS)
             if FIRST_GATES > 1:
-                right = read_chunks(operand_at + 2 * SLOT, 2 * i + 1, AREA, BLOCK // 32, ROWS * 64)
-            gh_n = to_gates(mma_v2(w_n, right, start_n), ROWS)
+                right = read_parts(chunk_at + 2 * SLOT, 2 * i + 1, AREA, BLOCK, ROWS)
+            gh_n = multiply(w_n, right, start_n, ROWS)
             if FIRST_GATES > 1:
-                right = read_chunks(operand_at + SLOT, 2 * i + 1, AREA, BLOCK // 32, ROWS * 64)
-            gh_z = to_gates(mma_v2(w_z, right, start_z), ROWS)
+                right = read_parts(chunk_at + SLOT, 2 * i + 1, AREA, BLOCK, ROWS)
+            gh_z = multiply(w_z, right, start_z, ROWS)
             if PORTABLE:
                 gh_r = gh_r * s_r + b_r
                 gh_z = gh_z * s_z + b_z
                 gh_n = gh_n * s_n + b_n
-            gi_r = now[3 * i].to(gl.float32)
-            gi_z = now[3 * i + 1].to(gl.float32)
-            gi_n = now[3 * i + 2].to(gl.float32)
             r, z, n, hn, new = gru_gates(gi_r, gi_z, gi_n, gh_r, gh_z, gh_n, h, PORTABLE)
             if state_grid is not None:
                 if gates is not None:
                     z = gl.where(in_range(new, state_inv, state_low, state_high), z, -1.0)
                 new = codes(new, state_inv, state_low, state_high) * state_scale
             if mask is not None:
-                new = gl.where((real != 0)[None, :], new, h)
+                new = gl.where((real[i] != 0)[None, :], new, h)
             h = new
             x = codes(h, h_inv, h_low, h_high) if PORTABLE else h
             send_pairs(x.to(gl.float16), area, to, 2 * (1 - i), AREA)
-            here = inside & (t + i < T)
-            gl.store(out_p + offset, h.to(states.dtype.element_ty), mask=here)
             out_p += step
-            if gates is not None:
-                if PACKED:
-                    gl.store(gates_p + gates_offset, pack_gates(r, z, n, hn), mask=here)
-                else:
-                    gl.store(gates_p + gates_offset, r, mask=here)
-                    gl.store(gates_p + gates_offset + H, z, mask=here)
-                    gl.store(gates_p + gates_offset + 2 * H, n, mask=here)
-                    gl.store(gates_p + gates_offset + 3 * H, hn, mask=here)
-                gates_p += step * planes
-        now = coming
-        coming = later
+            if PACKED:
+                kept = pack_gates(r, z, n, hn)
+                gates_p += step
+            elif gates is not None:
+                here = inside & (t + i < T)
+                gates_at = gates_p + (b[None, :] * (4 * H) + c[:, None])
+                gl.store(gates_at, r, mask=here)
+                gl.store(gates_at + H, z, mask=here)
+                gl.store(gates_at + 2 * H, n, mask=here)
+                gl.store(gates_at + 3 * H, hn, mask=here)
+                gates_p += step * 4
+        if mask is not None:
+            real = coming
+    last = inside & (T % 2 == 0)
+    gl.store(out_p - step + offset, h.to(states.dtype.element_ty), mask=last)
+    if PACKED:
+        gl.store(gates_p - step + offset, kept, mask=last)
     # The last round is nobody's state, but must have come before a program may end.
-    wait_for_round((T + 1) // 2, 0, AREA, False)
+    wait_for_round((T + 1) >> 1, 0, AREA, False)
     close_exchange()
 
 
 def call(
     weights: MonarchWeights, gi: Tensor, h0: Tensor, mask: Tensor | None, reverse: bool, states: Tensor, gates: Tensor | None
 ) -> ClusterCall:
-    """The launch that fills ``states``, and ``gates`` if given."""
+    """The launch that fills ``states``, and ``gates`` if given; ``gi``, ``states`` and 16-bit gates are in exchange order."""
     steps, rows, _, hidden = gi.shape
     programs, block = weights.first.shape[1:3]
     return ClusterCall(
@@ -200,6 +217,7 @@ def call(
             "H": hidden,
             "PROGRAMS": programs,
             "ROWS": TILE_ROWS,
+            "STEPS": STEPS,
             "FIRST_GATES": weights.first.shape[0],
             "MID_N": grid_size(weights.mid_grid),
             "STATE_N": grid_size(weights.state_grid),
@@ -209,11 +227,15 @@ def call(
         warps=block // 16,
         portable=weights.quantized,
         cluster=programs,
+        registers=REGISTERS,
     )
 
 
 def forward(
     weights: MonarchWeights, gi: Tensor, h0: Tensor, mask: Tensor | None, reverse: bool, states: Tensor, gates: Tensor | None
 ) -> None:
-    """Fill ``states``, and ``gates`` if given."""
-    call(weights, aligned(gi), h0, mask, reverse, states, gates).run()
+    """Fill ``states``, and ``gates`` if given, from ``gi``; gates of 16 bits in exchange order, all else in that of channels."""
+    programs, block = weights.first.shape[1:3]
+    scanned = torch.empty_like(states)
+    call(weights, transposed(gi, programs), h0, mask, reverse, scanned, gates).run()
+    transposition(scanned, states, block).run()

@@ -6,8 +6,12 @@ blocks of either factor make one of these, with zeros in between.
 
 What a program computes goes to all others in equal shares of SHARE = BLOCK / C values: of its mid values to the program that has
 them in its second block, of its outputs to the one that has them in its first. Numbered ``u = program * SHARE + i``, both lie as
-the product's rows do: a thread's two are neighbours, and of one share. Shares arrive in the order of their senders, number ``p =
-sender * SHARE + i``, as chunks of 8 values of a row of the batch, 16 bytes, 4 chunks for each row:
+the product's rows do: a thread's two are neighbours, and of one share. In memory, sequences have a program's channels together in
+this numbering, channel ``u * C + c`` at place ``c * BLOCK + u`` of its row, so that a thread's two are one access: the exchange
+order. ``triton/transposition.py`` gets there and back.
+
+Shares arrive in the order of their senders, number ``p = sender * SHARE + i``, as chunks of 8 values of a row of the batch, 16
+bytes, 4 chunks for each row:
 
     [p // 32][row][p // 8 % 4][p % 8]
 
@@ -91,5 +95,5 @@ def pack_first_back(first: Tensor, programs: int) -> Tensor:
 
 
 def pack_second_back(second: Tensor, programs: int) -> Tensor:
-    """``[3, l, s, s]`` → ``[3, C, BLOCK, BLOCK]`` transposed: out by share, in as a program's channels are numbered."""
-    return second_blocks(second, programs).transpose(-1, -2).contiguous()
+    """``[3, l, s, s]`` → ``[3, C, BLOCK, BLOCK]`` transposed: both of its sides are in that order already."""
+    return as_inputs(second_blocks(second, programs).transpose(-1, -2))

@@ -1,0 +1,59 @@
+"""Tensors from one order of channels to another: rows of ``[A, B]`` to rows of ``[B, A]``.
+
+Clusters of :mod:`..hopper.monarch` give program ``p`` of C every C-th channel, and read and write fastest where a program's
+channels lie together: channel ``u * C + p`` at place ``p * BLOCK + u`` of its row, which is such a transposition.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .family import KernelCall, aligned
+
+#: Values that a program moves.
+_VALUES = 4096
+
+
+@triton.jit(do_not_specialize=["R"])
+def _transpose(x, out, largest, R, A: tl.constexpr, B: tl.constexpr, ROWS: tl.constexpr):
+    """``x`` ``[R, A, B]`` → ``out`` ``[R, B, A]``; ``largest``: bits of an fp32 value, raised to ``x``'s largest magnitude."""
+    row = tl.cast(tl.program_id(0), tl.int64) * ROWS + tl.arange(0, ROWS)
+    at = row[:, None] * (A * B) + tl.arange(0, A * B)[None, :]
+    ok = (row < R)[:, None]
+    values = tl.load(x + at, mask=ok, other=0)
+    if largest is not None:
+        # As integers, magnitudes have the same order, and a NaN is the largest.
+        bits = values.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        tl.atomic_max(largest, tl.max(bits.reshape(ROWS * A * B), axis=0), sem="relaxed")
+    values = tl.permute(values.reshape(ROWS, A, B), (0, 2, 1)).reshape(ROWS, A * B)
+    tl.store(out + at, values, mask=ok)
+
+
+def transposition(x: Tensor, out: Tensor, inner: int, largest: Tensor | None = None) -> KernelCall:
+    """The launch that fills ``out``, ``[..., n * inner]`` as ``x``, rows of ``[n, inner]`` as those of ``[inner, n]``.
+
+    Args:
+        largest: one fp32 value, raised to the largest magnitude of ``x``; NaN where ``x`` has one.
+    """
+    width = x.shape[-1]
+    rows = x.numel() // width
+    together = max(1, _VALUES // width)
+    return KernelCall(
+        kernel=_transpose,
+        grid=(triton.cdiv(rows, together), 1, 1),
+        io=(x, out, None if largest is None else largest.view(torch.int32)),
+        static=(rows,),
+        constants={"A": width // inner, "B": inner, "ROWS": together},
+    )
+
+
+def transposed(x: Tensor, inner: int, largest: Tensor | None = None) -> Tensor:
+    """As :func:`transposition`, into a new tensor. Both factors of the width must be powers of two."""
+    x = aligned(x.contiguous())
+    out = torch.empty_like(x)
+    if x.numel():
+        transposition(x, out, inner, largest).run()
+    return out
