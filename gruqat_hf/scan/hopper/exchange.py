@@ -120,11 +120,14 @@ def wait_for_round(count, SLOT: gl.constexpr, AREA: gl.constexpr, AGAIN: gl.cons
 
 
 @jit
-def read_chunks(at, SLOT: gl.constexpr, AREA: gl.constexpr, COUNT: gl.constexpr, STRIDE: gl.constexpr):
-    """fp16 values in the layout of ``at``: a thread's are COUNT chunks of 16 bytes, STRIDE apart from its first ``at`` on."""
+def read_chunks(
+    at, SLOT: gl.constexpr, AREA: gl.constexpr, COUNT: gl.constexpr, STRIDE: gl.constexpr, DTYPE: gl.constexpr = gl.float16
+):
+    """Values in the layout of ``at``: a thread's are COUNT chunks of 16 bytes, STRIDE apart from its first ``at`` on."""
     TEXT: gl.constexpr = _read_text(AREA, SLOT, COUNT, STRIDE)
-    REGISTERS: gl.constexpr = _registers(4 * COUNT, 8 * COUNT)
-    return gl.inline_asm_elementwise(TEXT, REGISTERS, [at], dtype=gl.float16, is_pure=False, pack=8 * COUNT)
+    PACK: gl.constexpr = 128 // DTYPE.primitive_bitwidth * COUNT
+    REGISTERS: gl.constexpr = _registers(4 * COUNT, PACK)
+    return gl.inline_asm_elementwise(TEXT, REGISTERS, [at], dtype=DTYPE.value, is_pure=False, pack=PACK)
 
 
 @jit
@@ -148,9 +151,10 @@ def read_floats(at, SLOT: gl.constexpr, AREA: gl.constexpr):
 
 @jit
 def send_chunks(values, area, to, SLOT: gl.constexpr, AREA: gl.constexpr):
-    """Each 8 fp16 values of a thread as a chunk of 16 bytes. ``to`` is ``area`` plus the place in a slot, of the first of 8."""
-    TEXT: gl.constexpr = _send_text(AREA, SLOT, 4, 8)
-    gl.inline_asm_elementwise(TEXT, _registers(8, 20), [values, area, to], dtype=gl.int32, is_pure=False, pack=8)
+    """Values of a thread as chunks of 16 bytes. ``to`` is ``area`` plus the place in a slot, of a chunk's first."""
+    PACK: gl.constexpr = 128 // values.dtype.primitive_bitwidth
+    TEXT: gl.constexpr = _send_text(AREA, SLOT, 4, PACK)
+    gl.inline_asm_elementwise(TEXT, _registers(PACK, 4 + 2 * PACK), [values, area, to], dtype=gl.int32, is_pure=False, pack=PACK)
 
 
 @jit

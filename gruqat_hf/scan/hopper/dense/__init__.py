@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ...inputs import ScanInputs
+from ...spec import ScanSpec
 from ...triton import dense as portable
 from ...triton.device import DeviceFacts
 from ...triton.precision import spec_of
@@ -17,15 +18,33 @@ SUMS_WEIGHTS = False
 
 #: Steps whose inputs a program has on their way, this one included.
 STAGES = 4
-#: Largest block whose weights fit the registers of a cluster.
-_LARGEST = 512
+#: Largest blocks of which a cluster holds the weights: in fp16, and as 8-bit codes.
+LARGEST_HALF, _LARGEST_BYTES = 512, 1024
+#: Blocks beyond which 8-bit codes are multiplied as such.
+_BYTES_BEYOND = 512
 #: Elements that 16 bytes hold at most: copies of a row go in such pieces.
 _PIECE = 8
+#: Largest code of 8 bits, of a symmetric grid.
+_LARGEST_BYTE = 127
 
 
 def padded_size(size: int) -> int:
-    """Channels that a cluster computes for a block: 32 for each of its 8 or 16 programs."""
+    """Channels that a cluster computes for a block in fp16: 32 for each of its 8 or 16 programs."""
     return 256 if size <= 256 else 512
+
+
+def byte_channels(size: int) -> int:
+    """Channels of each of the 16 programs that share a block of 8-bit codes."""
+    return 32 if size <= 512 else 64
+
+
+def multiplies_bytes(scan: ScanInputs | ScanSpec) -> bool:
+    """Whether a forward scan multiplies 8-bit codes; else fp16 operands."""
+    (factor,) = scan.operand.factors.values()
+    grid = scan.grids.h
+    if not scan.quantized or grid is None or max(factor.qmax, grid.magnitude) > _LARGEST_BYTE:
+        return False
+    return factor.values.shape[-1] > _BYTES_BEYOND
 
 
 def refuses(inputs: ScanInputs, facts: DeviceFacts) -> str | None:
@@ -34,10 +53,14 @@ def refuses(inputs: ScanInputs, facts: DeviceFacts) -> str | None:
         return reason
     (factor,) = inputs.operand.factors.values()
     size, columns = factor.values.shape[-2:]
-    if size > _LARGEST or size % _PIECE != 0 or columns != size:
-        return f"a cluster takes square blocks of at most {_LARGEST} channels, in multiples of {_PIECE}, not {size} x {columns}"
+    if size > (_LARGEST_BYTES if multiplies_bytes(inputs) else LARGEST_HALF) or size % _PIECE != 0 or columns != size:
+        most = f"{LARGEST_HALF} channels, {_LARGEST_BYTES} of 8-bit codes"
+        return f"a cluster takes square blocks of at most {most}, in multiples of {_PIECE}, not {size} x {columns}"
     if (reason := refuses_products(inputs)) is not None:
         return reason
     if spec_of(inputs).exact and (reason := portable.refuses(inputs, facts)) is not None:
         return f"gradients as exact as fp32 are the portable kernels', but {reason}"
-    return refuses_clusters(padded_size(size) // 32, inputs.gi.device.index)
+    if size > LARGEST_HALF and inputs.needs_grad and (reason := portable.refuses(inputs, facts)) is not None:
+        return f"gradients of blocks of more than {LARGEST_HALF} channels are the portable kernels', but {reason}"
+    programs = 16 if multiplies_bytes(inputs) else padded_size(size) // 32
+    return refuses_clusters(programs, inputs.gi.device.index)

@@ -13,11 +13,12 @@ from ...triton.block_diagonal.weights import product_scale
 from ...triton.dense.backward import Prepared as PortableWeights
 from ...triton.dense.backward import prepare as portable_weights
 from ...triton.math import gate_factors
-from . import padded_size
+from . import LARGEST_HALF, byte_channels, padded_size
+from .byte_layouts import PIECE, splits
 from .layouts import CHANNELS, SPLITS
 
 
-class DenseWeights(NamedTuple):
+class HalfWeights(NamedTuple):
     """Attributes:
     weight: ``[3, blocks, programs, SPLITS, CHANNELS, inputs of a part]`` fp16, inputs named as the exchange has them: codes, or
         prescaled in the float state.
@@ -46,7 +47,7 @@ class DenseWeights(NamedTuple):
 
 
 def _packed(weight: Tensor) -> Tensor:
-    """``[3, blocks, out, in]`` → the layout of :class:`DenseWeights`."""
+    """``[3, blocks, out, in]`` → the layout of :class:`HalfWeights`."""
     gates, blocks, size, _ = weight.shape
     padded = padded_size(size)
     weight = pad(weight, (0, padded - size, 0, padded - size))
@@ -66,8 +67,8 @@ def packed_by_rows(weight: Tensor) -> Tensor:
     return weight.permute(0, 1, 7, 3, 5, 2, 6, 4, 8).reshape(gates, blocks, padded // CHANNELS, padded, CHANNELS).contiguous()
 
 
-def forward_weights(spec: ScanSpec) -> DenseWeights:
-    """Once for each set of weights."""
+def half_weights(spec: ScanSpec) -> HalfWeights:
+    """For products of fp16 operands."""
     (factor,) = spec.operand.factors.values()
     scale = product_scale(spec)
     weight = factor.values if scale is not None else factor.dequantize().float()
@@ -77,7 +78,65 @@ def forward_weights(spec: ScanSpec) -> DenseWeights:
         factors = gate_factors(weight.device)
         weight, bias = weight * factors[..., None, None], bias * factors
     grids = pack_grid(spec.grids.h), pack_grid(spec.grids.state)
-    return DenseWeights(_packed(weight.to(torch.float16)), scale, bias.contiguous(), *grids, size, spec.quantized)
+    return HalfWeights(_packed(weight.to(torch.float16)), scale, bias.contiguous(), *grids, size, spec.quantized)
+
+
+class ByteWeights(NamedTuple):
+    """Attributes:
+    weight: codes ``[3, blocks, programs, pieces, parts, channels of a program, inputs of a part]`` int8: :func:`packed_bytes`.
+    scale: of the integer product, ``[1, 3, H]``.
+    bias: ``[3, H]``.
+    h_grid, state_grid: packed; the latter may be None.
+    size: of a block.
+    """
+
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor
+    h_grid: Tensor
+    state_grid: Tensor | None
+    size: int
+
+    @property
+    def blocks(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def programs(self) -> int:
+        return self.weight.shape[2]
+
+    @property
+    def channels(self) -> int:
+        """Of a program."""
+        return self.weight.shape[5]
+
+
+def packed_bytes(codes: Tensor, channels: int) -> Tensor:
+    """``[3, blocks, out, in]`` → that of :class:`ByteWeights`, for programs of so many channels; see :mod:`.byte_layouts`."""
+    gates, blocks, size, _ = codes.shape
+    pieces, parts = -(-size // PIECE), splits(channels)
+    padded = pieces * PIECE
+    codes = pad(codes.to(torch.int8), (0, padded - size, 0, padded - size))
+    # Outputs by program, 16 channels, pair, inside the pair. Inputs by piece, part, 64 of them; these by chunk, instruction, half
+    # of its inputs, and 4 values of a lane.
+    codes = codes.view(gates, blocks, -1, channels // 16, 8, 2, pieces, parts, PIECE // parts // 64, 4, 2, 2, 4)
+    codes = codes.permute(0, 1, 2, 6, 7, 3, 5, 4, 8, 10, 11, 9, 12)
+    codes = codes.reshape(gates, blocks, -1, pieces, parts, channels, PIECE // parts)
+    if pieces == 2:  # a program's own piece first
+        first, second = codes.chunk(2, dim=2)
+        codes = torch.cat([first, second.flip(3)], dim=2)
+    return codes.contiguous()
+
+
+def byte_weights(spec: ScanSpec) -> ByteWeights:
+    """For products of 8-bit codes."""
+    (factor,) = spec.operand.factors.values()
+    scale, h_grid = product_scale(spec), pack_grid(spec.grids.h)
+    assert scale is not None and h_grid is not None
+    _, blocks, size, _ = factor.values.shape
+    bias = scale.new_zeros(3, blocks * size) if spec.bias is None else spec.bias.float().contiguous()
+    weight = packed_bytes(factor.values, byte_channels(size))
+    return ByteWeights(weight, scale, bias, h_grid, pack_grid(spec.grids.state), size)
 
 
 class BackwardWeights(NamedTuple):
@@ -85,7 +144,7 @@ class BackwardWeights(NamedTuple):
     weight: ``[3, blocks, programs, inputs, CHANNELS]`` fp16, see :func:`packed_by_rows`.
     h_grid: packed, or None.
     size: of a block.
-    portable: the weights of the portable kernels, which serve products as exact as fp32; None where they are not wanted.
+    portable: the weights of the portable kernels, which serve products as exact as fp32 and blocks of more than 512; else None.
     """
 
     weight: Tensor | None
@@ -98,6 +157,6 @@ def backward_weights(spec: ScanSpec) -> BackwardWeights:
     """Once for each set of weights."""
     (factor,) = spec.operand.factors.values()
     size = factor.values.shape[-1]
-    if spec.exact:
+    if spec.exact or size > LARGEST_HALF:
         return BackwardWeights(None, None, size, portable_weights(spec))
     return BackwardWeights(packed_by_rows(factor.dequantize().to(torch.float16)), pack_grid(spec.grids.h), size, None)
