@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from ..arithmetic.gates import portable_sigmoid, portable_tanh
+from ..operands import Factor
 from .product import OperandProduct
 from .reference import gru_step
-from .spec import ScanSpec, SpecTensors, flatten, restore
+from .spec import MOST_MARKED, ScanSpec, SpecTensors, flatten, is_integer, restore
 
 #: Values of a gate that recomputing holds at a time.
 _CHUNK = 1 << 24
@@ -23,7 +24,7 @@ def before_steps(states: Tensor, h0: Tensor, reverse: bool) -> Tensor:
 def recompute_gates(
     spec: ScanSpec, gi: Tensor, h0: Tensor, states: Tensor, reverse: bool, gates: Tensor, packs: bool = False
 ) -> None:
-    """Fill ``gates`` ``[T, B, 4, H]`` as forward kernels do: r, z, n and hn, z = -1 where the state was clipped.
+    """Fill ``gates`` ``[T, B, 4, H]`` as forward kernels do: r, z, n and hn, marked where a grid clipped, see ``MOST_MARKED``.
 
     Args:
         packs: write 16 bits a value, the four of a channel together: r, z and n as integers of 1/32767, hn as fp16.
@@ -39,11 +40,22 @@ def recompute_gates(
         gh = product(h)
         if spec.bias is not None:
             gh = gh + spec.bias
-        r, z = sigmoid(x[:, :2] + gh[:, :2]).unbind(1)
-        hn = gh[:, 2]
-        n = tanh(x[:, 2] + r * hn)
+        rz_in, hn = x[:, :2] + gh[:, :2], gh[:, 2]
+        if (grid := spec.grids.gates) is None:
+            r, z = sigmoid(rz_in).unbind(1)
+            n = tanh(x[:, 2] + r * hn)
+            new = (1.0 - z) * n + z * h
+        else:
+            rz_grid, n_grid = grid.gates(0, 2), grid.gates(2, 3)
+            r, z = sigmoid(rz_grid.round_trip(rz_in)).unbind(1)
+            n_in = x[:, 2] + r * hn
+            n = tanh(n_grid.round_trip(n_in))
+            new = (1.0 - z) * n + z * h
+            clips_r, clips_z = rz_grid.clips(rz_in).unbind(1)
+            r, z = torch.where(clips_r, -r, r), torch.where(clips_z & (z < MOST_MARKED), -z, z)
+            hn = torch.where(n_grid.clips(n_in), torch.inf, hn)
         if (grid := spec.grids.state) is not None:
-            code = torch.round(((1.0 - z) * n + z * h) * grid.inv_scale)
+            code = torch.round(new * grid.inv_scale)
             z = torch.where((code >= grid.low) & (code <= grid.high), z, -1.0)
         if packs:
             fixed = [torch.round(value * 32767.0).to(torch.int16) for value in (r, z, n)]
@@ -88,12 +100,42 @@ def replay_step(
 def replay_product(
     spec: ScanSpec, wanted: SpecTensors, h0: Tensor, states: Tensor, reverse: bool, dgi: Tensor, dgh_n: Tensor
 ) -> SpecTensors:
-    """Gradients of weights and bias from those of the hidden product (``dgi`` of r and z, ``dgh_n``): one product of all rows."""
-    dtype = next(iter(spec.operand.factors.values())).values.dtype
-    dgh = torch.cat([dgi[:, :, :2], dgh_n.unsqueeze(2)], dim=2).flatten(0, 1).to(dtype)
-    before = before_steps(states, h0, reverse).flatten(0, 1).to(dtype)
-    with torch.enable_grad():
-        spec, leaves = _leaves(spec, wanted._replace(bias=False))
-        out = OperandProduct(spec.operand, spec.grids.h, spec.grids.mid)(before)
-        found = _gradients(out, leaves, dgh)
-    return found._replace(bias=dgh.sum(0) if wanted.bias else None)
+    """Gradients of a block-diagonal operand's values and of the bias from those of the hidden product (``dgi`` of r and z,
+    ``dgh_n``): matrix products over all rows, of tensors where they lie."""
+    (factor,) = spec.operand.factors.values()
+    dtype, grid = factor.values.dtype, spec.grids.h
+    integer = is_integer(factor, grid)
+    dgi, dgh_n = dgi[:, :, :2].to(dtype), dgh_n.unsqueeze(2).to(dtype)
+    # The state before a step: the step's before it, or h0.
+    first, later, before = (-1, slice(0, -1), states[1:]) if reverse else (0, slice(1, None), states[:-1])
+    result: Tensor | None = None
+    for rows_of, h in ((later, before.flatten(0, 1)), (first, h0)):
+        if grid is not None:
+            h = grid.codes(h) if integer else grid.round_trip(h)
+        h = h.to(dtype)
+        parts = [d[rows_of].reshape(-1, *d.shape[2:]) for d in (dgi, dgh_n)]
+        found = torch.cat([_outer_products(d, h, factor) for d in parts]) if wanted.first else None
+        result = found if result is None or found is None else result.add_(found)
+    if result is not None and factor.scale is not None:
+        scale = grid.scale.reshape(-1, 1, 1, 1) * factor.scale if integer else factor.scale
+        result = (result.unflatten(-1, (factor.groups, -1)) * scale.unsqueeze(-1)).flatten(-2)
+    bias = None
+    if wanted.bias:
+        bias = torch.cat([column_sums(d.flatten(0, 1).flatten(1)).view(-1, states.shape[-1]) for d in (dgi, dgh_n)])
+    return SpecTensors(result, *(None,) * 3, bias, *(None,) * 3)
+
+
+def _outer_products(d: Tensor, h: Tensor, factor: Factor) -> Tensor:
+    """``[R, gates, H]`` with ``[R, H]``, summed over rows: ``[gates, blocks, out, in]``."""
+    _, blocks, out, size = factor.values.shape
+    if blocks == 1:
+        return (d.flatten(1).t() @ h).view(-1, 1, out, size)
+    h = h.unflatten(1, (blocks, size)).transpose(0, 1)
+    return torch.stack([torch.bmm(gate.unflatten(1, (blocks, out)).permute(1, 2, 0), h) for gate in d.unbind(1)])
+
+
+def column_sums(rows: Tensor) -> Tensor:
+    """``rows.sum(0)``; in fp32 as a product with ones, which reads memory faster than the sum does."""
+    if rows.dtype != torch.float32:
+        return rows.sum(0)
+    return torch.mv(rows.t(), rows.new_ones(rows.shape[0]))

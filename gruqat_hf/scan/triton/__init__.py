@@ -8,12 +8,15 @@ from functools import partial
 from torch import Tensor
 
 from ...operands import BlockDiagonalOperand, Factor, MonarchOperand
+from ...quantization.fused import KERNELS
 from ..dispatch import Backend, Plan, Run
 from ..inputs import LayerWeights, ScanInputs
 from .choice import choose
+from .monarch import first_product
 from .ops import RECOMPUTE_VARIABLE, scan
 from .plan import prepare_plan
 from .precision import spec_of
+from .quantizers import TritonQuantizers
 from .training_product import dense_product
 
 __all__ = ["BACKEND", "RECOMPUTE_VARIABLE", "run_family"]
@@ -50,4 +53,6 @@ def _prepare(weights: LayerWeights, x: Tensor) -> Plan | str:
     return prepare_plan(weights, x)
 
 
-BACKEND = Backend("triton", _select, prepare=_prepare, product=dense_product)
+KERNELS.append(TritonQuantizers())
+
+BACKEND = Backend("triton", _select, prepare=_prepare, product=dense_product, first_product=first_product)

@@ -11,6 +11,7 @@ from torch.nn.functional import linear
 
 from ...operands import BlockDiagonalOperand, Operand
 from ...quantization import Grid
+from ..replay import column_sums
 from ..spec import is_integer, pack_grid
 from .device import refuses_device
 from .family import needs_operators
@@ -58,15 +59,8 @@ def _backward(ctx: Any, gradient: Tensor | None, _: Tensor | None) -> tuple[Tens
         code = torch.round(rows * inverse)
         drows = torch.where((code >= low) & (code <= high), (gradient @ scaled) * inverse, 0.0)
     if needs_bias:
-        dbias = _column_sums(gradient)
+        dbias = column_sums(gradient)
     return drows, dweight, None, dbias, None, None
-
-
-def _column_sums(gradient: Tensor) -> Tensor:
-    """``gradient.sum(0)``; in fp32 as a product with ones, which reads memory faster than the sum does."""
-    if gradient.dtype != torch.float32:
-        return gradient.sum(0)
-    return torch.mv(gradient.t(), gradient.new_ones(gradient.shape[0]))
 
 
 triton_integer_product = torch.library.custom_op(
@@ -110,7 +104,7 @@ class _FloatProduct(torch.autograd.Function):
         return (
             gradient @ weight if needs_rows else None,
             gradient.t() @ rows if needs_weight else None,
-            _column_sums(gradient) if needs_bias else None,
+            column_sums(gradient) if needs_bias else None,
         )
 
 
