@@ -4,7 +4,7 @@ Importing the package makes transformers' Auto classes know its models and its q
 """
 
 from .hub import GruQatQuantizationConfig, register
-from .layers import GRUCell, GRULayer
+from .layers import GRUCell, GRULayer, warm_up
 from .models import (
     GruQatConfig,
     GruQatForAudioClassification,
@@ -34,6 +34,7 @@ __all__ = [
     "QuantRecipe",
     "QuantizerConfig",
     "StructureConfig",
+    "warm_up",
 ]
 
 __version__ = "0.1.0"

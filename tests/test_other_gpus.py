@@ -1,0 +1,80 @@
+"""The portable kernels compile for GPUs that no test machine has: older and newer ones of NVIDIA, and AMD's."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from kernel_helpers import Case, Run
+
+from gruqat_hf.scan.triton import choice, device, family
+from gruqat_hf.scan.triton.device import DeviceFacts
+
+pytestmark = pytest.mark.slow
+
+#: Shared memory of a program and processors, as the vendors give them.
+GPUS = {
+    "turing": (("cuda", 75, 32), DeviceFacts(processors=40, shared_bytes=65536, capability=(7, 5))),
+    "ampere": (("cuda", 80, 32), DeviceFacts(processors=108, shared_bytes=166912, capability=(8, 0))),
+    "ada": (("cuda", 89, 32), DeviceFacts(processors=128, shared_bytes=101376, capability=(8, 9))),
+    "blackwell": (("cuda", 100, 32), DeviceFacts(processors=148, shared_bytes=232448, capability=(10, 0))),
+    "mi300": (("hip", "gfx942", 64), DeviceFacts(processors=304, shared_bytes=65536, capability=(0, 0))),
+}
+CASES = {
+    "diagonal": ("diagonal", Case(4, 4, 1, 512)),
+    "blockdiag8": ("dense", Case(4, 4, 8, 64)),
+    "dense": ("dense", Case(4, 4, 1, 512)),
+    "monarch8": ("monarch", Case(4, 4, 8, 64)),
+}
+
+
+def compile_for(call: family.KernelCall, target: object) -> object:
+    """What a launch would compile, without a GPU."""
+    import triton
+    from triton._C.libtriton import native_specialize_impl  # noqa: F401  a version of Triton whose compiler takes these arguments
+    from triton.compiler import ASTSource
+
+    types = {torch.float32: "*fp32", torch.float16: "*fp16", torch.int8: "*i8", torch.uint8: "*u8", torch.int64: "*i64", torch.int32: "*i32"}
+    signature, constants, attributes = {}, dict(call.constants), {}
+    for position, (name, value) in enumerate(zip(call.kernel.arg_names, (*call.io, *call.static, *call.constants.values()))):
+        if value is None or name in call.constants:
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name], attributes[(position,)] = types[value.dtype], [["tt.divisibility", 16]]
+        else:
+            signature[name] = "i32" if isinstance(value, int) else "fp32"
+    places = {(call.kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(call.kernel, signature, places, attributes)
+    options = {"num_warps": call.warps, "enable_fp_fusion": not call.portable}
+    return triton.compile(source, target=target, options=options)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("gpu", GPUS)
+def test_kernels_compile(monkeypatch, gpu, name, quantized):
+    pytest.importorskip("triton")
+    if device.INTERPRETED:
+        pytest.skip("compiles kernels, which the interpreter replaces")
+    from triton.backends.compiler import GPUTarget
+
+    target, facts = GPUS[gpu]
+    compiled = []
+    monkeypatch.setattr(family.KernelCall, "run", lambda call: compiled.append(compile_for(call, GPUTarget(*target))))
+    for module in [*sys.modules.values()]:
+        if getattr(module, "__name__", "").startswith("gruqat_hf") and hasattr(module, "device_facts"):
+            monkeypatch.setattr(module, "device_facts", lambda _: facts)
+    monkeypatch.setattr(choice, "refuses_device", lambda _: None)
+    kind, case = CASES[name]
+    inputs = replace(case, quantized=quantized).inputs(kind, torch.device("cpu"))
+    found, reason = choice.choose(inputs)
+    assert found is not None, reason
+    torch.set_float32_matmul_precision("high")
+    try:
+        run = Run.of(found, inputs)
+        run.backward(torch.randn_like(run.states), torch.randn_like(run.h0), want_weights=True)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert len(compiled) >= 2
