@@ -1,5 +1,5 @@
-"""Runs every Hopper kernel under compute-sanitizer, which comes with CUDA's toolkit: memcheck for accesses out of bounds, racecheck
-for hazards in shared memory.
+"""Runs every Hopper kernel under compute-sanitizer, which comes with CUDA's toolkit: memcheck for accesses out of bounds,
+racecheck for hazards in shared memory.
 
     python scripts/sanitize_gpu.py                     # both tools, all families; some minutes
     python scripts/sanitize_gpu.py --tools memcheck --families dense
@@ -16,11 +16,13 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+#: Hidden weights and channels.
 STRUCTURES = {
-    "block_diagonal": {"kind": "blockdiag", "nblocks": 8},
-    "dense": {"kind": "dense"},
-    "monarch": {"kind": "monarch", "nblocks": 8},
-    "butterfly": {"kind": "butterfly"},
+    "block_diagonal": ({"kind": "blockdiag", "nblocks": 8}, 512),
+    "dense": ({"kind": "dense"}, 512),
+    "dense_bytes": ({"kind": "dense"}, 1024),
+    "monarch": ({"kind": "monarch", "nblocks": 8}, 512),
+    "butterfly": ({"kind": "butterfly"}, 512),
 }
 #: Odd numbers of steps and rows, fewer rows than a tile has and more.
 SHAPES = ((5, 3), (18, 9))
@@ -34,8 +36,9 @@ def run_kernels(families: list[str]) -> None:
 
     torch.set_float32_matmul_precision("high")
     for family in families:
-        for recipe in (None, "int8_state16"):
-            layer = GRULayer(32, 512, structure_hidden=STRUCTURES[family], recipe=recipe, device="cuda")
+        structure, hidden = STRUCTURES[family]
+        for recipe in ("int8_state16",) if family == "dense_bytes" else (None, "int8_state16"):
+            layer = GRULayer(32, hidden, structure_hidden=structure, recipe=recipe, device="cuda")
             layer.backend = "hopper"
             for steps, rows in SHAPES:
                 x = torch.randn(steps, rows, 32, device="cuda")
@@ -65,13 +68,15 @@ def main() -> None:
     failed = False
     for tool in arguments.tools:
         for family in arguments.families:
-            # Of PyTorch's and cuBLAS's kernels nothing is asked; ours are all named _forward, _backward or _kernel.
+            # Of PyTorch's and cuBLAS's kernels nothing is asked; the names of ours begin with an underscore.
             command = [sanitizer, "--tool", tool, "--kernel-regex", "kns=_", "--target-processes", "all", *own, family]
             done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
             found = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", done.stdout)
             clean = done.returncode == 0 and bool(found) and all(re.search(r": 0 (errors|hazards)", line) for line in found)
             failed |= not clean
-            print(f"{tool} {family}: {'; '.join(found) or 'no summary'}", "" if clean else done.stdout[-1500:] + done.stderr[-500:])
+            print(f"{tool} {family}: {'; '.join(found) or 'no summary'}", flush=True)
+            if not clean:
+                print(done.stdout[-1500:] + done.stderr[-500:])
     sys.exit(failed)
 
 
