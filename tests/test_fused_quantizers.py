@@ -9,7 +9,8 @@ import torch
 from kernel_helpers import skip_unless_kernels_run
 
 from gruqat_hf.layers import GRULayer
-from gruqat_hf.quantization import FakeQuantize, QuantizerConfig, ScaleLayout, fused
+from gruqat_hf.quantization import FakeQuantize, QuantizerConfig, ScaleLayout, fused, register_observer
+from gruqat_hf.quantization.observers import EmaObserver
 from gruqat_hf.scan.spec import pack_grid
 
 _INFINITE = float("inf")
@@ -77,6 +78,8 @@ def test_codes_of_weights(device, plain, granularity, group_size, shape, shared,
     weight = torch.randn(shape, device=device).to(dtype)
     weight[0] = 0.0
     upstream = torch.randn(shape, device=device)
+    by_rows = granularity in ("channel", "group") or (shared and granularity == "gate")
+    assert (fused.round_weight(module, weight) is not None) == by_rows
     results = []
     for run in (lambda function: function(), plain):
         leaf = weight.clone().requires_grad_()
@@ -87,17 +90,55 @@ def test_codes_of_weights(device, plain, granularity, group_size, shape, shared,
         assert found.dtype == wanted.dtype and torch.equal(found, wanted)
 
 
-def test_a_fixed_grid_is_made_anew_when_its_scale_changes(device):
+class _Alias(FakeQuantize):
+    """A scheme that changes nothing that kernels compute, as far as they can know."""
+
+
+class _Learned(FakeQuantize):
+    def _register_scale(self, scale):
+        self.scale = torch.nn.Parameter(scale)
+
+
+def test_schemes_of_others_are_left_to_pytorch(device, monkeypatch):
+    """Whatever they override."""
     skip_unless_kernels_run(device)
-    config = QuantizerConfig(observer="fixed")
-    module = FakeQuantize(config, ScaleLayout.of_activation(config, (4,)), known_range=1.0, device=device)
-    first = module.grid()
-    assert module.grid() is first
-    with torch.no_grad():
-        module.scale.mul_(2.0)
-    assert torch.equal(module.grid().scale, module.scale) and not torch.equal(first.scale, module.scale)
-    with torch.inference_mode():
-        assert torch.equal(module.grid().scale, module.scale)
+    monkeypatch.setattr(fused, "KERNELS", [])
+    monkeypatch.setattr(fused, "_kernels_for", lambda value: pytest.fail("asked for kernels"))
+    for cls in (_Alias, _Learned):
+        config = QuantizerConfig(observer="ema")
+        module = cls(config, ScaleLayout.of_activation(config, (4,)), device=device).train()
+        module.observe(torch.randn(3, 4, device=device))
+        assert module.grid().scale.requires_grad == (cls is _Learned)
+    config = QuantizerConfig(granularity="channel", observer="dynamic")
+    module = _Alias(config, ScaleLayout.of_weight(config, (3, 5), False, "weight"), device=device)
+    module.quantize_weight(torch.randn(3, 5, device=device))
+
+
+def test_an_observer_registered_under_another_name(device, plain):
+    skip_unless_kernels_run(device)
+    register_observer("average_by_another_name", EmaObserver)
+    config = QuantizerConfig(observer="average_by_another_name", ema_decay=0)
+    found = FakeQuantize(config, ScaleLayout.of_activation(config, (4,)), device=device).train()
+    wanted = copy.deepcopy(found)
+    for _ in range(3):
+        value = torch.randn(3, 4, device=device)
+        found.observe(value)
+        plain(lambda value=value: wanted.observe(value))
+    assert torch.equal(found.scale, wanted.scale)
+
+
+def test_gradients_of_gradients(device, plain):
+    skip_unless_kernels_run(device)
+    config = QuantizerConfig(granularity="channel", observer="dynamic")
+    module = FakeQuantize(config, ScaleLayout.of_weight(config, (3, 5), False, "weight"), device=device)
+    weight = torch.randn(3, 5, device=device)
+    found = []
+    for run in (lambda function: function(), plain):
+        leaf = weight.clone().requires_grad_()
+        codes, _ = run(lambda leaf=leaf: module.quantize_weight(leaf))
+        (first,) = torch.autograd.grad(codes.pow(3).sum(), leaf, create_graph=True)
+        found.append(torch.autograd.grad(first.square().sum(), leaf)[0])
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize("preset", ["int8_state16", "int4_per_group_64", "int8_dynamic"])
@@ -108,6 +149,7 @@ def test_a_training_step_is_that_of_pytorch(device, plain, structure, preset):
     found = GRULayer(6, 8, structure_hidden=structure, recipe=preset).to(device).train()
     found.backend = "reference"
     wanted = copy.deepcopy(found)
+    assert found.h.grid().packed is not None and plain(found.h.grid).packed is None
     for _ in range(2):
         x = torch.randn(3, 2, 6, device=device)
         out = found(x)[0]

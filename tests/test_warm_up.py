@@ -38,7 +38,19 @@ def test_frozen_layers_without_biases_and_in_half_precision(device, batch_first)
     warm_up(GRULayer(5, 8, device=device, dtype=torch.bfloat16), 2, 3, training=True, progress=False)
 
 
+def test_hooks_see_nothing_of_it():
+    layer, seen = GRULayer(2, 2), []
+    layer.register_forward_hook(lambda *_: seen.append(1))
+    with torch.inference_mode():
+        warm_up(layer, 1, 3, training=True, progress=False)
+    assert not seen
+    layer(torch.randn(3, 1, 2))
+    assert seen
+
+
 def test_bad_arguments():
+    with pytest.raises(ValueError, match="load them first"):
+        warm_up(GRULayer(2, 2, device="meta"), 1, 4)
     with pytest.raises(ValueError, match="batch_size"):
         warm_up(GRULayer(2, 2), 0, 4)
     with pytest.raises(ValueError, match="sequence_length"):

@@ -36,7 +36,7 @@ def warm_up(
         ``module``.
 
     Raises:
-        ValueError: sizes below 1, or a module without a GRULayer.
+        ValueError: sizes below 1, a module without a GRULayer, or one whose tensors are on no device yet.
         LifecycleError: frozen layers and ``training=True``.
     """
     for name, size in (("batch_size", batch_size), ("sequence_length", sequence_length)):
@@ -47,16 +47,21 @@ def warm_up(
         raise ValueError(f"warm_up takes a module that holds a GRULayer, and {type(module).__name__} holds none")
     if training and any(layer.quant_state == QuantState.FROZEN for layer in layers):
         raise LifecycleError("warm_up(training=True): frozen layers are not trained; call warm_up(training=False)")
-    for layer in tqdm(layers, desc="compiling", disable=not progress):
-        _run_copy(layer, batch_size, sequence_length, training, masked)
+    if any(tensor.device.type == "meta" for layer in layers for tensor in (*layer.parameters(), *layer.buffers())):
+        raise ValueError("warm_up: the weights are on the meta device, where nothing runs; load them first, and not to disk")
+    with torch.inference_mode(False):
+        for layer in tqdm(layers, desc="compiling", disable=not progress):
+            _run_copy(layer, batch_size, sequence_length, training, masked)
     return module
 
 
 def _run_copy(layer: GRULayer, batch_size: int, sequence_length: int, training: bool, masked: bool) -> None:
     trial = copy.deepcopy(layer)
-    for observer in trial.modules():
-        if isinstance(observer, Observer):
-            observer.replicated = True  # other ranks need not warm up
+    for part in trial.modules():
+        for hooks in (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks):
+            hooks.clear()  # what the program collects with them is not for random values
+        if isinstance(part, Observer):
+            part.replicated = True  # other ranks need not warm up
     tensor = trial.bias_input if trial.bias_input is not None else next(iter([*trial.parameters(), *trial.buffers()]))
     dtype = tensor.dtype if tensor.is_floating_point() else torch.float32
     generator = torch.Generator(tensor.device)  # of its own: what the program draws stays the same
@@ -69,6 +74,6 @@ def _run_copy(layer: GRULayer, batch_size: int, sequence_length: int, training: 
         trial.calibrate([x], progress=False)
     trial.train(training)
     with torch.set_grad_enabled(training):
-        out, last = trial(x, mask=mask)
+        out, last = trial(x.clone().requires_grad_(training), mask=mask)
         if training:
             (out.sum() + last.sum()).backward()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -32,12 +34,18 @@ class FakeQuantize(KeepsFloat32, nn.Module):
         calibrating: whether forward passes update the observer in eval mode too.
         fake_quant_enabled: whether forward passes in training mode round. In eval mode they always do, as the frozen model will.
         meter: given one, it counts the values that are clipped.
-        kept_grid: a fixed grid, and what it was made from; see :func:`.fused.grid`.
         range_follows_weights: whether ``known_range`` was taken from weights, so that no checkpoint's need be the same.
     """
 
+    #: Whether all methods are those of this class, so that kernels may do their work at once; not in schemes made of it.
+    computes_as_base: ClassVar[bool] = True
+
     scale: Tensor
     zero_point: Tensor | None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.computes_as_base = False
 
     def __init__(
         self,
@@ -62,7 +70,6 @@ class FakeQuantize(KeepsFloat32, nn.Module):
         self.meter: SaturationMeter | None = None
         self.range_follows_weights = False
         self._calibrated: bool | None = None
-        self.kept_grid: tuple[object, Grid, object] | None = None
         values = self.initial_values(device)
         self._register_scale(values["scale"])
         self.register_buffer("zero_point", values.get("zero_point"))
@@ -166,10 +173,6 @@ class FakeQuantize(KeepsFloat32, nn.Module):
             self._set_scale()
         if not self._calibrated:
             self.forget_calibration_state()
-
-    def computes_as_base(self, *methods: str) -> bool:
-        """Whether these are the methods of this class, not those of a scheme made of it."""
-        return all(getattr(type(self), name) is getattr(FakeQuantize, name) for name in methods)
 
     def _set_scale(self) -> None:
         scale, zero_point = self.scale_from_range(self.observer.min_val, self.observer.max_val)

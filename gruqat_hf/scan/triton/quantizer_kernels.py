@@ -9,12 +9,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...quantization.observers import EmaObserver
 from .device import device_facts
 from .family import KernelCall
 from .math import codes, count, in_range
 
 if TYPE_CHECKING:
-    from ...quantization.observers import Observer
+    from ...quantization import Observer
 
 #: Values that a program reads at a time, and programs for each processor, in a search for the extremes.
 _VALUES, _PROGRAMS = 4096, 4
@@ -30,7 +31,8 @@ def _extremes(value, parts, size, step, VALUES: tl.constexpr):
     low = tl.full((VALUES,), float("inf"), tl.float32)
     high = -low
     strange = tl.zeros((VALUES,), tl.int32)
-    for start in tl.range(count(tl.program_id(0) * VALUES), count(size), count(step)):
+    begin = tl.program_id(0).to(tl.int64) * VALUES
+    for start in tl.range(count(begin), count(tl.cast(size, tl.int64)), count(tl.cast(step, tl.int64))):
         i = start + tl.arange(0, VALUES)
         x = tl.load(value + i, mask=i < size, other=0.0).to(tl.float32)
         low = tl.where(i < size, tl.minimum(low, x), low)
@@ -127,7 +129,7 @@ def _round_rows_backward(weight, scale, grad, out, rows, qmax, WIDTH: tl.constex
 
 def update_range(observer: Observer, value: Tensor, scale: Tensor, zero_point: Tensor | None, min_scale: float) -> None:
     """See ``QuantizerKernels``; one scale, of a whole tensor of any shape and float dtype."""
-    config, value = observer.config, value.contiguous()
+    config, value, decay = observer.config, value.contiguous(), float(observer.config.ema_decay)
     number = min(triton.cdiv(value.numel(), _VALUES), _PROGRAMS * device_facts(value.device).processors)
     parts = value.new_empty((2, number), dtype=torch.float32)
     KernelCall(
@@ -142,12 +144,10 @@ def update_range(observer: Observer, value: Tensor, scale: Tensor, zero_point: T
         kernel=_update,
         grid=(1, 1, 1),
         io=(parts, observer.min_val, observer.max_val, observer.count, scale, zero_point),
-        static=(
-            number, config.ema_decay, 1.0 - config.ema_decay, min_scale, float(config.qmin), float(config.qmax),
-        ),
-        constants={"PARTS": triton.next_power_of_2(number), "AVERAGES": config.observer == "ema"},
+        static=(number, decay, 1.0 - decay, min_scale, float(config.qmin), float(config.qmax)),
+        constants={"PARTS": triton.next_power_of_2(number), "AVERAGES": isinstance(observer, EmaObserver)},
         portable=True,
-    ).run()  # fmt: skip
+    ).run()
 
 
 def pack_grid(scale: Tensor, zero_point: Tensor | None, qmin: int, qmax: int) -> Tensor:
@@ -191,9 +191,14 @@ class RoundedWeight(torch.autograd.Function):
         return out, scale
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         weight, scale = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a gradient of this gradient is wanted
+            inverse = torch.reciprocal(scale).view(-1, 1)
+            code = torch.round(weight.detach().float().view(scale.numel(), -1) * inverse)
+            rows = grad.reshape(scale.numel(), -1)
+            found = torch.where(code.abs() <= ctx.qmax, rows, 0.0) * inverse
+            return found.view(weight.shape).to(weight.dtype), None, None, None
         grad, scales = grad.contiguous().float(), scale.numel()
         out = torch.empty_like(grad)
         tiling = _tiling(weight.numel() // scales)
