@@ -91,6 +91,35 @@ def test_large_blocks_of_any_size(size, recipe):
     check(build(blocks(1), recipe, size, 37, CUDA, reverse=True), 35, 9)
 
 
+@pytest.mark.parametrize("size", [520, 768, 1000, 1024])
+def test_blocks_of_8_bit_codes(size):
+    """Beyond what a cluster holds in fp16; the backward scan is the portable one."""
+    check(build(blocks(1), "int8_state16", size, 37, CUDA), 13, 11, masked=True)
+    check(build(blocks(1), "int8_per_channel", size, 37, CUDA, reverse=True), 35, 33)
+    check(build(blocks(2), "int8_state16", 2 * size, 37, CUDA), 2, 1)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 8])
+def test_nan_spreads_as_in_the_reference(count, reverse):
+    """From one channel to all of its block, a step later; bytes, which have no NaN, included."""
+    layer = build(blocks(count), "int8_state16", 512, 37, CUDA, reverse=reverse)
+    x, h0 = torch.randn(9, 5, 37, device=CUDA), torch.rand(5, 512, device=CUDA)
+    mask = torch.ones(9, 5, dtype=torch.bool, device=CUDA)
+    h0[1, 3] = torch.nan
+    h0[2, 500] = torch.nan
+    mask[[0, 1, -1, -2], 2] = False
+    mask[:, 1] = False
+    x[4, 3, 7] = torch.nan
+    found = []
+    with torch.no_grad():
+        for backend in ("reference", "hopper"):
+            layer.backend = backend
+            found.append(layer(x, h0, mask)[0])
+    assert torch.equal(found[0].isnan(), found[1].isnan()) and found[0].isnan().any()
+    assert torch.equal(found[0].nan_to_num(), found[1].nan_to_num())
+
+
 @families
 @pytest.mark.parametrize("recipe", ["learned", "affine"])
 def test_states_beyond_their_grids(recipe, structure):
@@ -252,10 +281,11 @@ def test_cuda_graphs(structure, recipe):
         (1, None, "highest", "as exact as fp32"),
         (8, None, "highest", "as exact as fp32"),
         (4, "int4_per_group_64", "high", "2 scales in each row"),
+        (2, None, "high", "at most 512 channels, 1024 of 8-bit codes"),
     ],
 )
 def test_what_is_refused_is_served_by_the_portable_tier(count, recipe, precision, reason):
-    layer = build(blocks(count), recipe, 512, 64, CUDA)
+    layer = build(blocks(count), recipe, 1040 if "1024" in reason else 512, 64, CUDA)
     x = torch.randn(4, 3, 64, device=CUDA)
     with matmul_precision(precision):
         for context in (torch.no_grad, torch.enable_grad):

@@ -143,3 +143,27 @@ def test_repeats_give_the_same_bits():
         assert torch.equal(run.forward(), states)
         again = run.backward(dstates, dstates[0])
         assert torch.equal(again.dgi, first.dgi) and torch.equal(again.dh0, first.dh0)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_nan_spreads_over_a_block_a_step_later(device, masked, reverse):
+    """What a product of codes does by itself, done to the states of kernels whose codes have no NaN."""
+    skip_unless_kernels_run(device)
+    from gruqat_hf.scan.hopper.dense.strange import spread_nan
+
+    steps, rows, blocks, size = 6, 4, 2, 3
+    states, h0 = torch.randn(steps, rows, blocks, size, device=device), torch.randn(rows, blocks, size, device=device)
+    mask = torch.rand(steps, rows, device=device) > 0.4 if masked else torch.ones(steps, rows, device=device, dtype=torch.bool)
+    order = list(range(steps))[:: -1 if reverse else 1]
+    h0[0, 1, 2] = torch.nan
+    for begin, row, block, channel in ((0, 0, 1, 2), (2, 1, 0, 1), (5, 2, 1, 0)):
+        states[order[begin:], row, block, channel] = torch.nan  # what is NaN stays so
+    wanted, before, filled = states.clone(), h0.isnan().any(-1), torch.zeros(rows, blocks, dtype=torch.bool, device=device)
+    for t in order:
+        filled |= before & mask[t].unsqueeze(1)
+        wanted[t] = wanted[t].masked_fill(filled.unsqueeze(-1), torch.nan)
+        before |= wanted[t].isnan().any(-1)
+    found = states.flatten(2).clone()
+    spread_nan(h0.flatten(1), mask.view(torch.uint8) if masked else None, found, size, reverse)
+    assert torch.equal(found.nan_to_num(99.0), wanted.flatten(2).nan_to_num(99.0))

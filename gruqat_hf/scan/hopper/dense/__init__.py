@@ -20,8 +20,8 @@ SUMS_WEIGHTS = False
 STAGES = 4
 #: Largest blocks of which a cluster holds the weights: in fp16, and as 8-bit codes.
 LARGEST_HALF, _LARGEST_BYTES = 512, 1024
-#: Blocks beyond which 8-bit codes are multiplied as such.
-_BYTES_BEYOND = 512
+#: Blocks beyond which 8-bit codes are multiplied as such: half of the exchange. Of smaller ones a cluster has 8 programs.
+_BYTES_BEYOND = 256
 #: Elements that 16 bytes hold at most: copies of a row go in such pieces.
 _PIECE = 8
 #: Largest code of 8 bits, of a symmetric grid.

@@ -1,4 +1,4 @@
-"""Forward scan of large blocks on Hopper clusters: in fp16, or in 8-bit codes where blocks are too large for that."""
+"""Forward scan of large blocks on Hopper clusters: of fp16 operands, or of 8-bit codes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from ...spec import ScanSpec
 from ...triton.family import aligned
 from ..cluster import ClusterCall
 from . import forward_bytes, forward_half, multiplies_bytes
+from .strange import spread_nan
 from .weights import ByteWeights, HalfWeights, byte_weights, half_weights
 
 __all__ = ["call", "forward", "prepare"]
@@ -26,10 +27,10 @@ def call(
     reverse: bool,
     states: Tensor,
     gates: Tensor | None,
-) -> ClusterCall:
-    """The launch that fills ``states``, and ``gates`` if given."""
+) -> ClusterCall | None:
+    """The launch that fills ``states``, and ``gates`` if given; None where it takes two."""
     if isinstance(weights, ByteWeights):
-        return forward_bytes.call(weights, gi, h0, mask, reverse, states, gates)
+        return None
     return forward_half.call(weights, gi, h0, mask, reverse, states, gates)
 
 
@@ -43,4 +44,9 @@ def forward(
     gates: Tensor | None,
 ) -> None:
     """Fill ``states``, and ``gates`` if given."""
-    call(weights, aligned(gi), h0, mask, reverse, states, gates).run()
+    gi = aligned(gi)
+    if isinstance(weights, ByteWeights):
+        forward_bytes.call(weights, gi, h0, mask, reverse, states, gates).run()
+        spread_nan(h0, mask, states, weights.size, reverse)
+    else:
+        forward_half.call(weights, gi, h0, mask, reverse, states, gates).run()

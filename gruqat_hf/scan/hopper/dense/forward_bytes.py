@@ -54,11 +54,19 @@ def _summed(memory):
 
 
 @jit
+def _last_byte(x):
+    """The last byte of a float's bits, by an instruction of its own: ptxas 12.8 would store the byte of its value."""
+    TEXT: gl.constexpr = "prmt.b32 $0, $1, 0, 0x4440;"
+    bits = x.to(gl.int32, bitcast=True)
+    return gl.inline_asm_elementwise(TEXT, "=r,r", [bits], dtype=gl.int32, is_pure=True, pack=1).to(gl.int8)
+
+
+@jit
 def _send(h, inv_scale, low, high, memory, area, to, SLOT: gl.constexpr, AREA: gl.constexpr, PROGRAMS: gl.constexpr):
     """The codes of a program's slice of the state to all programs, itself as well."""
     SEND: gl.constexpr = send_layout(PROGRAMS, memory.shape[1])
-    code = (clamp(h * inv_scale, low, high) + _ROUNDER).to(gl.int32, bitcast=True).to(gl.int8)
-    memory.permute([1, 0]).store(code)
+    code = clamp(h * inv_scale, low, high) + _ROUNDER
+    memory.permute([1, 0]).store(_last_byte(code))
     chunk = gl.expand_dims(memory.load(gl.SliceLayout(0, SEND)), 0)
     chunk, _ = gl.broadcast(chunk, area)
     send_chunks(chunk, area, to, SLOT, AREA)
