@@ -16,6 +16,7 @@ from torch import Tensor
 from ...triton.block_diagonal.weights import packed
 from ...triton.dense import backward as portable
 from ...triton.family import ScanGradients, aligned
+from ...triton.magnitude import largest_magnitudes
 from ...triton.math import in_range, load_grid
 from ..cluster import ClusterCall
 from ..exchange import area_of, area_shape, close_exchange, open_exchange, read_halves, send_chunks, wait_for_round
@@ -211,7 +212,7 @@ def backward(
     dgh_n = gi.new_empty((steps, rows, hidden))
     dh0 = torch.empty_like(h0)
     adjoint = torch.empty_like(states, dtype=torch.float32) if want_adjoint else None
-    largest = torch.stack([torch.linalg.vector_norm(x, float("inf"), dtype=torch.float32) for x in (dstates, dlast)])
+    largest = largest_magnitudes(dstates, dlast)
     ClusterCall(
         kernel=_backward,
         grid=(1, triton.cdiv(rows, ROWS), hidden // prepared.size),
