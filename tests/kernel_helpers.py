@@ -203,6 +203,8 @@ def check_against_reference(
         assert found.dbias is not None and distance(found.dbias, dbias) <= gradients_within
         for gradient, wanted in zip((found.dfirst, found.dsecond), dvalues):
             assert gradient is not None and distance(gradient, wanted) <= gradients_within
+    if found.dbias_input is not None:
+        assert distance(found.dbias_input, dgi.sum((0, 1))) <= gradients_within
     if inputs.mask is not None:
         assert not found.adjoint[~inputs.mask].any()
     assert found.dgi.dtype == inputs.gi.dtype and found.dh0.dtype == inputs.h0.dtype

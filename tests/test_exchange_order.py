@@ -11,10 +11,13 @@ from types import ModuleType
 
 import pytest
 import torch
-from scan_helpers import STRUCTURES, build
+from kernel_helpers import distance, matmul_precision, skip_unless_kernels_run
+from scan_helpers import RECIPES, STRUCTURES, build, clip, gradients
 from torch import Tensor
 
+from gruqat_hf.layers.execution import GRUExecution
 from gruqat_hf.operands import Factor, MonarchOperand
+from gruqat_hf.scan import run_scan
 from gruqat_hf.scan.hopper.monarch import layout
 from gruqat_hf.scan.inputs import ScanInputs
 from gruqat_hf.scan.product import OperandProduct
@@ -208,3 +211,128 @@ def test_plans_of_a_family_in_exchange_order(structure, recipe, monkeypatch):
             found = found if given is None else found.masked_fill(~given.unsqueeze(-1), 0.0)
             for value, reference in ((found, wanted), (found_last, last)):
                 assert torch.equal(value, reference) if recipe else torch.allclose(value, reference, atol=1e-5)
+
+
+def _training_family(monkeypatch: pytest.MonkeyPatch, programs: int) -> list[str]:
+    """The portable kernels as a family of the Hopper tier that keeps ``gi``, its gradient and gates in exchange order; the list
+    gets a word for each pass: "interleaved" where nothing had to be re-ordered for it."""
+    from gruqat_hf.scan import hopper
+    from gruqat_hf.scan.inputs import exchange_order, natural_order
+    from gruqat_hf.scan.triton import monarch
+    from gruqat_hf.scan.triton.family import kernels
+    from gruqat_hf.scan.triton.monarch import backward as portable_backward
+    from gruqat_hf.scan.triton.monarch import forward as portable_forward
+
+    seen: list[str] = []
+
+    def gates_by(order, gates: Tensor) -> Tensor:
+        steps, rows, _, hidden = gates.shape
+        by_channel = gates.view(-1).view(torch.int64).view(steps, rows, hidden)
+        return order(by_channel).contiguous().view(-1).view(gates.dtype).view_as(gates)
+
+    def run_forward(weights, gi, h0, mask, reverse, states, gates, interleaved=False):
+        seen.append("interleaved" if interleaved else "natural")
+        gi = natural(gi, programs).contiguous() if interleaved else gi
+        portable_forward.forward(weights, gi, h0, mask, reverse, states, gates)
+        if gates is not None:
+            gates.copy_(gates_by(lambda values: exchange_order(values, 2, programs), gates))
+
+    def run_backward(weights, gi, h0, states, gates, *rest, interleaved=False):
+        seen.append("interleaved" if interleaved else "natural")
+        gates = gates_by(lambda values: natural_order(values, programs), gates)
+        found = portable_backward.backward(weights, gi, h0, states, gates, *rest)
+        return found._replace(dgi=exchange_order(found.dgi, 3, programs).contiguous()) if interleaved else found
+
+    rules, forward, backward = (ModuleType(name) for name in ("trained", "trained.forward", "trained.backward"))
+    rules.refuses = lambda inputs, facts: None if inputs.gi.shape[1] > 1 else "it is a single row"
+    rules.interleaved_programs = lambda operand: programs
+    rules.SAVES_GATES, rules.PACKS_GATES, rules.SUMS_WEIGHTS = True, monarch.PACKS_GATES, monarch.SUMS_WEIGHTS
+    forward.prepare, forward.forward = portable_forward.prepare, run_forward
+    backward.prepare, backward.backward = portable_backward.prepare, run_backward
+    for module in (rules, forward, backward):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(choice._FAMILIES, "trained", rules)
+    monkeypatch.setattr(hopper, "_candidates", lambda inputs, facts: ("trained",))
+    kernels.cache_clear()  # of the modules that stood for this family in another test
+    return seen
+
+
+@interpreted
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("recipe", [None, "int8_state16", "int4_per_group_64", "learned"])
+def test_training_in_exchange_order(recipe, apart, monkeypatch):
+    """The input product comes in that order, and all is what the same kernels give in natural order, which they get where the
+    family refuses."""
+    seen = _training_family(monkeypatch, 4)
+    monkeypatch.setattr(GRUExecution, "_scan_sums_bias_input", lambda self, x: apart and torch.is_grad_enabled())
+    layer = clip(build(STRUCTURES["monarch"], RECIPES.get(recipe, recipe), 32, 16, torch.device("cpu"), reverse=True))
+    x, h0, mask = torch.randn(4, 3, 16), torch.rand(3, 32), torch.rand(4, 3) > 0.3
+    with matmul_precision("high"):
+        wanted_out, _, wanted = gradients(layer, "triton", x, h0, mask)
+        for recomputed in ("0", "1"):
+            monkeypatch.setenv("GRUQAT_RECOMPUTE_GATES", recomputed)
+            seen.clear()
+            out, _, found = gradients(layer, "hopper", x, h0, mask)
+            assert seen == ["interleaved"] * 2
+            assert torch.equal(out, wanted_out) if recipe else distance(out, wanted_out) <= 1e-5
+            assert found.keys() == wanted.keys()
+            for key, gradient in wanted.items():
+                assert distance(found[key], gradient) <= (1e-4 if recomputed == "0" else 2e-3), key
+        _, _, wanted = gradients(layer, "triton", x[:, :1], h0[:1], None)
+        seen.clear()
+        _, _, found = gradients(layer, "auto", x[:, :1], h0[:1], None)  # the family refuses it
+        assert not seen
+        for key, gradient in wanted.items():
+            assert distance(found[key], gradient) <= 1e-4, key
+
+
+@interpreted
+def test_inputs_in_an_order_that_nobody_takes(monkeypatch):
+    """A scan that is given ``gi`` in exchange order runs on every backend, and on the family where it takes another order."""
+    seen = _training_family(monkeypatch, 4)
+    layer = build(STRUCTURES["monarch"], "int8_state16", 32, 16, torch.device("cpu"))
+    natural_gi = torch.randn(4, 3, 3, 32)
+    grids, operand = layer._scan_grids(), layer._operand(layer.weight_hidden)
+    wanted = scan_reference(ScanInputs(natural_gi, torch.rand(3, 32) * 0, operand, grids=grids, quantized=True))[0]
+    for programs in (4, 8):
+        gi, bias = layout.by_share(natural_gi, 3, programs).requires_grad_(), torch.zeros(3, 32, requires_grad=True)
+        inputs = ScanInputs(gi, torch.zeros(3, 32), operand, grids=grids, quantized=True, bias_input=bias, interleaved=programs)
+        sums = []
+        for backend in ("reference", "triton", "hopper"):
+            with matmul_precision("high"):
+                states, _, _ = run_scan(inputs, backend)
+                assert torch.equal(states, wanted)
+                sums.append(torch.autograd.grad(states.square().sum(), (gi, bias)))
+        for found in sums[1:]:
+            assert all(distance(value, reference) <= 2e-3 for value, reference in zip(found, sums[0]))
+        assert torch.allclose(natural(sums[2][0], programs).sum((0, 1)), sums[2][1], atol=1e-4)
+    assert seen == ["interleaved"] * 2 + ["natural"] * 2
+
+
+@interpreted
+def test_training_in_exchange_order_compiled(monkeypatch):
+    _training_family(monkeypatch, 4)
+    layer = build(STRUCTURES["monarch"], None, 32, 16, torch.device("cpu"))
+    layer.backend = "hopper"
+    x, found = torch.randn(3, 2, 16), []
+    torch._dynamo.reset()
+    with matmul_precision("high"):
+        for run in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+            layer.zero_grad()
+            run(x)[0].square().sum().backward()
+            found.append({name: parameter.grad.clone() for name, parameter in layer.named_parameters()})
+    for name, gradient in found[0].items():
+        assert distance(found[1][name], gradient) <= 1e-5, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [1, 4096, 9001])
+def test_largest_magnitudes(device, size, dtype):
+    skip_unless_kernels_run(device)
+    from gruqat_hf.scan.triton.magnitude import largest_magnitudes
+
+    x, rest = torch.randn(size, device=device).to(dtype), torch.randn(3, 17, device=device).to(dtype)
+    wanted = torch.stack([x.abs().max().float(), rest.abs().max().float()])
+    assert torch.equal(largest_magnitudes(x, rest), wanted)
+    x[size // 2] = torch.nan
+    assert largest_magnitudes(x, rest).isnan().tolist() == [True, False]

@@ -30,6 +30,7 @@ KERNEL_TESTS = (
     "test_two_factor_gradients.py",
     "test_fused_quantizers.py",
     "test_exchange_order.py",
+    "test_input_bias.py",
 )
 
 interpreted = pytest.mark.skipif(
@@ -391,7 +392,7 @@ def test_exact_products_of_long_rows(monkeypatch):
         torch.randn(1, 1, 3, hidden), torch.rand(1, hidden) * 0.2 + 0.8, operand, None, ScanGrids(h=grid), quantized=True
     )
     with torch.no_grad(), matmul_precision("highest"):
-        states, _ = scan(inputs.gi, inputs.h0, spec_of(inputs), None, False, "block_diagonal", False)
+        states, _ = scan(inputs, spec_of(inputs), "block_diagonal")
         assert torch.equal(states, scan_reference(inputs)[0])
 
 

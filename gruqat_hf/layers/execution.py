@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..operands import Factor, Operand
+from ..operands import BlockDiagonalOperand, Factor, MonarchOperand, Operand
 from ..quantization import FakeQuantize, FrozenGrid, Grid
 from ..scan import (
     BACKEND_VARIABLE,
@@ -19,6 +19,8 @@ from ..scan import (
     Plan,
     ScanGrids,
     ScanInputs,
+    exchange_order,
+    input_order,
     observe_scan,
     prepare_plan,
     run_first_product,
@@ -125,7 +127,8 @@ class GRUExecution(nn.Module):
             return None
         if torch.is_grad_enabled():
             # A training step may follow, and fused optimizers change weights without counting a version.
-            self._cached_plan = None
+            if self._cached_plan is not None:  # setting a module's attribute takes a while
+                self._cached_plan = None
             return None
         key = (
             x.device,
@@ -146,9 +149,14 @@ class GRUExecution(nn.Module):
             with torch.no_grad():
                 cached = CachedPlan(self, key, lambda: prepare_plan(self._layer_weights(), x, self.backend))
             self._cached_plan = cached
-        if self.last_path is not cached.told:
-            self.last_path = cached.told
+        self._tell(cached.told)
         return cached.plan
+
+    def _tell(self, path: str) -> None:
+        """Say which backend ran."""
+        # Setting a module's attribute takes longer than looking, but a compiler would guard what it looked at.
+        if torch.compiler.is_compiling() or self.last_path != path:
+            self.last_path = path
 
     def _run(self, x: Tensor, h0: Tensor | None, mask: Tensor | None, reverse: bool) -> tuple[Tensor, Tensor]:
         """All states ``[T, B, H]`` and the last one ``[B, H]``, in fp32 where quantized."""
@@ -165,7 +173,9 @@ class GRUExecution(nn.Module):
         if (plan := self._plan(x)) is not None:
             return plan(x, h0, mask, reverse)
         self._refuse_recomputation()
-        gi = self._input_product(x, mask)
+        hidden, grids = self._operand(self.weight_hidden), self._scan_grids()
+        bias_apart, order = self._scan_sums_bias_input(x), self._input_order(x, hidden, grids)
+        gi = self._input_product(x, mask, bias_apart, order)
         if self._state == QuantState.QAT:
             gi = with_idle_scales(self, gi)
         if h0 is None:
@@ -173,22 +183,40 @@ class GRUExecution(nn.Module):
         inputs = ScanInputs(
             gi,
             h0,
-            self._operand(self.weight_hidden),
+            hidden,
             self._bias(self.bias_hidden),
-            self._scan_grids(),
+            grids,
             mask,
             reverse,
             quantized=self._state != QuantState.FLOAT,
+            bias_input=self._bias(self.bias_input) if bias_apart else None,
+            interleaved=order,
         )
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             # Only the scan, whose inputs are all at hand: weights, grids and observers outside are computed once, so that what is
             # computed again is the same. The reentrant kind would lose the gradients of tensors inside ScanInputs.
             run = self._gradient_checkpointing_func
-            states, last, self.last_path = run(run_scan, inputs, self.backend, use_reentrant=False)
+            states, last, path = run(run_scan, inputs, self.backend, use_reentrant=False)
         else:
-            states, last, self.last_path = run_scan(inputs, self.backend)
+            states, last, path = run_scan(inputs, self.backend)
+        self._tell(path)
         self._observe(inputs, states)
         return states, last
+
+    def _scan_sums_bias_input(self, x: Tensor) -> bool:
+        """Whether the scan gives the input's bias its gradient: GPU kernels have what is to be summed at hand."""
+        return self.bias_input is not None and x.is_cuda and torch.is_grad_enabled()
+
+    def _input_order(self, x: Tensor, hidden: Operand, grids: ScanGrids) -> int:
+        """In the exchange order of how many programs the input product is to be: its weights can be brought into it, where one
+        block has all of them, and gradients come back, while re-ordering the product takes two passes over it."""
+        if self.weight_input.config.kind != "dense" or not isinstance(hidden, MonarchOperand):
+            return 1
+        if torch.is_autocast_enabled(x.device.type):  # and decides on the product's dtype
+            return 1
+        like = x.new_empty(1)
+        gi, h0 = like.expand(*x.shape[:2], 3, self.hidden_size), like.expand(x.shape[1], self.hidden_size)
+        return input_order(ScanInputs(gi, h0, hidden, grids=grids, quantized=self._state != QuantState.FLOAT), self.backend)
 
     def _refuse_recomputation(self) -> None:
         """Refuse to observe inside a backward pass: what is computed again there would see ranges that have moved meanwhile."""
@@ -201,18 +229,31 @@ class GRUExecution(nn.Module):
                 "checkpoint around the layer, or switch the observers off"
             )
 
-    def _input_product(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """``x`` ``[T, B, I]`` → its product with bias, ``[T, B, 3, H]``."""
+    def _input_product(self, x: Tensor, mask: Tensor | None, bias_apart: bool = False, order: int = 1) -> Tensor:
+        """``x`` ``[T, B, I]`` → its product with bias, ``[T, B, 3, H]``.
+
+        Args:
+            bias_apart: without gradients to the bias.
+            order: in the exchange order of so many programs; 1 for natural order.
+        """
         rows = x.flatten(0, 1)
         real = None if mask is None else mask.flatten()
         grid = None if self.x is None else grid_for(self.x, rows, real)
+        bias = self._bias(self.bias_input)
+        if bias_apart and bias is not None:
+            bias = bias.detach()
         mid = self.weight_input.mid
         mid_grid = None if mid is None else lambda value: grid_for(mid, value, real)
-        product = run_product(self._operand(self.weight_input), grid, mid_grid, self._bias(self.bias_input), rows, self.backend)
+        operand = self._operand(self.weight_input)
+        if order > 1:
+            operand, bias = _in_order(operand, order), None if bias is None else exchange_order(bias, 1, order)
+        product = run_product(operand, grid, mid_grid, bias, rows, self.backend)
         return product.unflatten(0, x.shape[:2])
 
     def _observe(self, inputs: ScanInputs, states: Tensor) -> None:
         """Show the saved sequence to the observers of the points inside the scan."""
+        if self._state != QuantState.QAT:
+            return
         points = {"h": self.h, "state": self.state, "gates": self.gates, "mid_hidden": self.weight_hidden.mid}
         watching = {name: q for name, q in points.items() if isinstance(q, FakeQuantize) and q.is_watching}
         if not watching:
@@ -235,6 +276,15 @@ def with_idle_scales(module: nn.Module, value: Tensor) -> Tensor:
                 for scale in quantizer.parameters(recurse=False):
                     value = value + 0.0 * scale.sum()
     return value
+
+
+def _in_order(operand: Operand, programs: int) -> Operand:
+    """A dense operand with its outputs in the exchange order of so many programs."""
+    assert isinstance(operand, BlockDiagonalOperand)
+    values, scale = operand.blocks.values, operand.blocks.scale
+    if scale is not None and scale.shape[2] > 1:
+        scale = exchange_order(scale, 2, programs)
+    return BlockDiagonalOperand(Factor(exchange_order(values, 2, programs), scale, operand.blocks.qmax))
 
 
 def _fixed_grid(quantizer: FakeQuantize | FrozenGrid | None) -> Grid | None:

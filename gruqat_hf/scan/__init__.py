@@ -1,9 +1,19 @@
 """Scans over time: the reference that defines them, and the table that chooses an implementation."""
 
 from .cpu import BACKEND as _CPU
-from .dispatch import BACKEND_VARIABLE, BACKENDS, Backend, Plan, prepare_plan, run_first_product, run_product, run_scan
+from .dispatch import (
+    BACKEND_VARIABLE,
+    BACKENDS,
+    Backend,
+    Plan,
+    input_order,
+    prepare_plan,
+    run_first_product,
+    run_product,
+    run_scan,
+)
 from .hopper import BACKEND as _HOPPER
-from .inputs import LayerWeights, ScanGrids, ScanInputs
+from .inputs import LayerWeights, ScanGrids, ScanInputs, exchange_order
 from .product import OperandProduct
 from .reference import observe_scan, scan_reference
 from .triton import BACKEND as _TRITON
@@ -20,6 +30,8 @@ __all__ = [
     "Plan",
     "ScanGrids",
     "ScanInputs",
+    "exchange_order",
+    "input_order",
     "observe_scan",
     "prepare_plan",
     "run_first_product",

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from ..quantization import Grid
 from .inputs import LayerWeights, ScanInputs
 from .product import OperandProduct
 from .reference import scan_reference
+from .replay import column_sums
 
 logger = logging.getLogger("gruqat_hf")
 
@@ -44,6 +46,9 @@ class Backend:
         product: the input product of rows ``[R, I]`` with bias, ``[R, gates, H]``, or None for the general one; differentiable.
         first_product: ``OperandProduct.first_product`` of an operand, the grid of its input and rows ``[R, in]``, or None for the
             general one; without gradients.
+        sums_bias_input: whether its scan gives ``ScanInputs.bias_input`` its gradient.
+        order: of how many programs ``gi`` should be in the exchange order, for inputs whose ``gi`` is not there yet; None if its
+            scans take natural order alone.
     """
 
     name: str
@@ -52,6 +57,8 @@ class Backend:
     prepares_dynamic_x: bool = False
     product: Callable[[Operand, Grid | None, Tensor | None, Tensor], Tensor | None] | None = None
     first_product: Callable[[Operand, Grid | None, Tensor], Tensor | None] | None = None
+    sums_bias_input: bool = False
+    order: Callable[[ScanInputs], int] | None = None
 
 
 #: In order of preference; the reference runs everything and comes last.
@@ -92,6 +99,20 @@ def _tell(backend: Backend, reasons: list[tuple[str, str]], forced: bool) -> str
     return told
 
 
+class _WithBias(torch.autograd.Function):
+    """``gi``, which has a bias in it: that one's gradient is the sum of gi's."""
+
+    @staticmethod
+    def forward(ctx: Any, gi: Tensor, bias: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.bias_dtype = bias.dtype
+        return gi.view_as(gi)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        sums = column_sums(gradient.flatten(0, 1).flatten(1)).view(gradient.shape[2:])
+        return gradient, sums.to(ctx.bias_dtype)
+
+
 def run_scan(inputs: ScanInputs, forced: str | None = None) -> tuple[Tensor, Tensor, str]:
     """Run a scan by the first backend that can.
 
@@ -108,12 +129,21 @@ def run_scan(inputs: ScanInputs, forced: str | None = None) -> tuple[Tensor, Ten
     candidates, is_forced = _candidates(forced)
     reasons: list[tuple[str, str]] = []
     for backend in candidates:
+        if backend.order is None:
+            inputs = inputs.natural()
+        if inputs.bias_input is not None and not backend.sums_bias_input:
+            inputs = replace(inputs, gi=_WithBias.apply(inputs.gi, inputs.bias_input), bias_input=None)
         run = backend.select(inputs)
         if not isinstance(run, str):
             states, last = run()
             return states, last, _tell(backend, reasons, is_forced)
         reasons.append((backend.name, run))
     raise RuntimeError(f"backend {candidates[0].name!r} was forced, but cannot run this scan: {_told(reasons)}")
+
+
+def input_order(inputs: ScanInputs, forced: str | None = None) -> int:
+    """In the exchange order of how many programs the backend that may run a scan wants ``gi``; all others take it too."""
+    return next((backend.order(inputs) for backend in _candidates(forced)[0] if backend.order is not None), 1)
 
 
 def prepare_plan(weights: LayerWeights, x: Tensor, forced: str | None = None) -> tuple[Plan | None, str]:

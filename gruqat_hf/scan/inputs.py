@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -58,6 +58,18 @@ class LayerWeights:
     dynamic_x: Callable[[Tensor], Grid] | None = None
 
 
+def exchange_order(values: Tensor, dim: int, programs: int) -> Tensor:
+    """Channels along a dimension in the exchange order of so many programs: ``u * programs + p`` at ``p * H / programs + u``."""
+    if programs == 1:
+        return values
+    return values.unflatten(dim, (-1, programs)).transpose(dim, dim + 1).flatten(dim, dim + 1)
+
+
+def natural_order(values: Tensor, programs: int) -> Tensor:
+    """The last dimension of channels back from the exchange order of so many programs."""
+    return values if programs == 1 else values.unflatten(-1, (programs, -1)).transpose(-1, -2).flatten(-2)
+
+
 @dataclass(frozen=True)
 class ScanInputs:
     """One scan over a sequence, in one direction.
@@ -71,6 +83,9 @@ class ScanInputs:
         mask: ``[T, B]`` bool, False where a step is padding: the state is held; None for no padding.
         reverse: whether to walk from the last step to the first.
         quantized: whether gates are the portable ones, as in every qat or frozen state (design: arithmetic contract).
+        bias_input: ``[3, H]``, in ``gi`` already, which is detached from it: its gradient, that of ``gi`` summed over steps and
+            rows, is the scan's to give; None where there is none to give.
+        interleaved: in the exchange order of how many programs ``gi`` has its channels; 1 for natural order, that of all else.
     """
 
     gi: Tensor
@@ -81,8 +96,16 @@ class ScanInputs:
     mask: Tensor | None = None
     reverse: bool = False
     quantized: bool = False
+    bias_input: Tensor | None = None
+    interleaved: int = 1
+
+    def natural(self) -> ScanInputs:
+        """The same scan with ``gi`` in natural order; differentiable."""
+        if self.interleaved == 1:
+            return self
+        return replace(self, gi=natural_order(self.gi, self.interleaved), interleaved=1)
 
     @property
     def needs_grad(self) -> bool:
-        tensors = [self.gi, self.h0, self.bias, *(factor.values for factor in self.operand.factors.values())]
+        tensors = [self.gi, self.h0, self.bias, self.bias_input, *(factor.values for factor in self.operand.factors.values())]
         return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)

@@ -62,6 +62,7 @@ def gru_step(
 
 def scan_reference(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     """All states ``[T, B, H]``, held where the mask is False, and the last state ``[B, H]``."""
+    inputs = inputs.natural()
     grids = inputs.grids
     product = OperandProduct(inputs.operand, grids.h, grids.mid)
     h = inputs.h0 if grids.state is None else grids.state.round_trip(inputs.h0)
@@ -111,5 +112,6 @@ def observe_scan(
         mid = product.first_product(before) if first_product is None else first_product(inputs.operand, inputs.grids.h, before)
         tap("mid_hidden", mid)
         return
-    gi = inputs.gi.flatten(0, 1) if rows is None else inputs.gi.flatten(0, 1)[rows]
+    gi = inputs.natural().gi.flatten(0, 1)
+    gi = gi if rows is None else gi[rows]
     gru_step(gi, before, product, inputs.bias, inputs.grids, inputs.quantized, tap)

@@ -98,10 +98,21 @@ def replay_step(
 
 
 def replay_product(
-    spec: ScanSpec, wanted: SpecTensors, h0: Tensor, states: Tensor, reverse: bool, dgi: Tensor, dgh_n: Tensor
+    spec: ScanSpec,
+    wanted: SpecTensors,
+    h0: Tensor,
+    states: Tensor,
+    reverse: bool,
+    dgi: Tensor,
+    dgh_n: Tensor,
+    dbias_input: Tensor | None = None,
 ) -> SpecTensors:
     """Gradients of a block-diagonal operand's values and of the bias from those of the hidden product (``dgi`` of r and z,
-    ``dgh_n``): matrix products over all rows, of tensors where they lie."""
+    ``dgh_n``): matrix products over all rows, of tensors where they lie.
+
+    Args:
+        dbias_input: the sums of ``dgi`` over steps and rows, ``[3, H]``, where they are known.
+    """
     (factor,) = spec.operand.factors.values()
     dtype, grid = factor.values.dtype, spec.grids.h
     integer = is_integer(factor, grid)
@@ -121,7 +132,8 @@ def replay_product(
         result = (result.unflatten(-1, (factor.groups, -1)) * scale.unsqueeze(-1)).flatten(-2)
     bias = None
     if wanted.bias:
-        bias = torch.cat([column_sums(d.flatten(0, 1).flatten(1)).view(-1, states.shape[-1]) for d in (dgi, dgh_n)])
+        of_r_and_z = column_sums(dgi.flatten(0, 1).flatten(1)).view(2, -1) if dbias_input is None else dbias_input[:2]
+        bias = torch.cat([of_r_and_z, column_sums(dgh_n.flatten(0, 1).flatten(1))[None]])
     return SpecTensors(result, *(None,) * 3, bias, *(None,) * 3)
 
 
@@ -135,7 +147,7 @@ def _outer_products(d: Tensor, h: Tensor, factor: Factor) -> Tensor:
 
 
 def column_sums(rows: Tensor) -> Tensor:
-    """``rows.sum(0)``; in fp32 as a product with ones, which reads memory faster than the sum does."""
+    """``rows.sum(0)`` in fp32 or better; of fp32 as a product with ones, which reads memory faster than the sum does."""
     if rows.dtype != torch.float32:
-        return rows.sum(0)
+        return rows.sum(0, dtype=torch.promote_types(rows.dtype, torch.float32))
     return torch.mv(rows.t(), rows.new_ones(rows.shape[0]))

@@ -14,7 +14,7 @@ from ...operands import BlockDiagonalOperand, MonarchOperand
 from ..dispatch import Backend, Plan, Run
 from ..inputs import LayerWeights, ScanInputs
 from ..triton import run_family
-from ..triton.choice import choose, register
+from ..triton.choice import choose, input_order, register
 from ..triton.device import DeviceFacts
 from ..triton.monarch import first_product
 from ..triton.plan import prepare_plan
@@ -38,11 +38,30 @@ def _candidates(inputs: ScanInputs, facts: DeviceFacts) -> tuple[str, ...]:
 
 def _select(inputs: ScanInputs) -> Run | str:
     family, reason = choose(inputs, _candidates)
-    return reason if family is None else partial(run_family, inputs, family)
+    if family is None:
+        return reason
+    if inputs.interleaved != input_order(family, inputs):
+        inputs = inputs.natural()
+    return partial(run_family, inputs, family)
+
+
+def _order(inputs: ScanInputs) -> int:
+    if not isinstance(inputs.operand, MonarchOperand):
+        return 1
+    family, _ = choose(inputs, _candidates)
+    return 1 if family is None else input_order(family, inputs)
 
 
 def _prepare(weights: LayerWeights, x: Tensor) -> Plan | str:
     return prepare_plan(weights, x, _candidates)
 
 
-BACKEND = Backend("hopper", _select, prepare=_prepare, product=dense_product, first_product=first_product)
+BACKEND = Backend(
+    "hopper",
+    _select,
+    prepare=_prepare,
+    product=dense_product,
+    first_product=first_product,
+    sums_bias_input=True,
+    order=_order,
+)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..inputs import ScanInputs
 from ..spec import sums_floats
-from ..triton.precision import spec_of
+from ..triton.precision import is_exact
 
 #: Integers up to here are exact in fp16, and in fp32.
 _HALF, _SINGLE = 1 << 11, 1 << 24
@@ -13,7 +13,7 @@ _HALF, _SINGLE = 1 << 11, 1 << 24
 def refuses_products(inputs: ScanInputs) -> str | None:
     """Why a scan wants other products, or None."""
     if not inputs.quantized:
-        if spec_of(inputs).exact:
+        if is_exact(inputs):
             return 'float products are wanted as exact as fp32: see torch.set_float32_matmul_precision("high")'
         return None
     if inputs.grids.gates is not None:

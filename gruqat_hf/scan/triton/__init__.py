@@ -44,9 +44,9 @@ def _select(inputs: ScanInputs) -> Run | str:
 
 def run_family(inputs: ScanInputs, family: str) -> tuple[Tensor, Tensor]:
     """All states ``[T, B, H]`` and the last one ``[B, H]``, by the kernels of a family that does not refuse; differentiable."""
-    state = inputs.grids.state
-    h0 = inputs.h0 if state is None else state.round_trip(inputs.h0)
-    return scan(inputs.gi, h0, spec_of(inputs), inputs.mask, inputs.reverse, family, inputs.needs_grad)
+    if (state := inputs.grids.state) is not None:
+        inputs = replace(inputs, h0=state.round_trip(inputs.h0))
+    return scan(inputs, spec_of(inputs), family)
 
 
 def _prepare(weights: LayerWeights, x: Tensor) -> Plan | str:
@@ -55,4 +55,4 @@ def _prepare(weights: LayerWeights, x: Tensor) -> Plan | str:
 
 KERNELS.append(TritonQuantizers())
 
-BACKEND = Backend("triton", _select, prepare=_prepare, product=dense_product, first_product=first_product)
+BACKEND = Backend("triton", _select, prepare=_prepare, product=dense_product, first_product=first_product, sums_bias_input=True)

@@ -11,7 +11,7 @@ from ...operands import BlockDiagonalOperand, DiagonalOperand, MonarchOperand, O
 from ..inputs import ScanInputs
 from . import block_diagonal, dense, diagonal, monarch
 from .device import DeviceFacts, device_facts, refuses_device
-from .precision import spec_of
+from .precision import is_exact
 
 _FAMILIES: dict[str, ModuleType] = {
     "diagonal": diagonal,
@@ -40,6 +40,12 @@ def interleaved_programs(name: str, operand: Operand) -> int:
     return 1 if rule is None else rule(operand)
 
 
+def input_order(name: str, inputs: ScanInputs) -> int:
+    """In the exchange order of how many programs a family takes ``gi`` in training and gives its gradient. Gradients as exact as
+    fp32 are those of portable kernels, which know natural order only."""
+    return 1 if is_exact(inputs) else interleaved_programs(name, inputs.operand)
+
+
 def refuses_product(inputs: ScanInputs) -> str | None:
     """Why no kernel computes the scan's values as the reference does, or None."""
     if inputs.gi.dtype not in _DTYPES or inputs.h0.dtype not in _DTYPES:
@@ -61,7 +67,7 @@ def candidates(inputs: ScanInputs, facts: DeviceFacts) -> tuple[str, ...]:
     if isinstance(operand, MonarchOperand):
         return ("monarch",)
     if isinstance(operand, BlockDiagonalOperand):
-        exact = not inputs.quantized and spec_of(inputs).exact
+        exact = not inputs.quantized and is_exact(inputs)
         small = block_diagonal.is_resident(operand.blocks.values.shape[-1], exact, facts)
         return ("block_diagonal",) if small or inputs.grids.gates is not None else ("dense", "block_diagonal")
     return ()

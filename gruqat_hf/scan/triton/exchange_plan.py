@@ -13,6 +13,11 @@ _BATCHES = (8, 16, 32)
 _SPARE_BYTES = 8192
 
 
+def cdiv(a: int, b: int) -> int:
+    """``a / b`` rounded up."""
+    return -(-a // b)
+
+
 def power_of_two(size: int) -> int:
     """The smallest power of two that is at least ``size``."""
     return 1 << max(0, size - 1).bit_length()

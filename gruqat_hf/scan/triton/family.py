@@ -26,6 +26,7 @@ class ScanGradients(NamedTuple):
         dfirst: of the operand's first or only factor, fp32 in the shape of its values; from a family that sums weight gradients.
         dbias: ``[3, H]`` fp32, likewise.
         dsecond: of a monarch operand's second factor, likewise.
+        dbias_input: of the input's bias, ``[3, H]`` fp32: dgi summed over steps and rows; from a kernel that sums it.
     """
 
     dgi: Tensor
@@ -35,6 +36,7 @@ class ScanGradients(NamedTuple):
     dfirst: Tensor | None = None
     dbias: Tensor | None = None
     dsecond: Tensor | None = None
+    dbias_input: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -129,9 +131,11 @@ _COMPILED: dict[tuple[Any, ...], Any] = {}
 
 def _type_of(value: Tensor | int | float | None) -> object:
     """What Triton compiles for: of a tensor its dtype and whether its address is a multiple of 16, of a number its type."""
+    if value is None:
+        return None
     if isinstance(value, Tensor):
         return value.dtype, value.data_ptr() % 16 == 0
-    return value if value is None else (type(value), isinstance(value, int) and value >= 1 << 31)
+    return type(value), isinstance(value, int) and value >= 1 << 31
 
 
 def _refuse_specialized(kernel: Any, first: int, static: tuple[Any, ...]) -> None:

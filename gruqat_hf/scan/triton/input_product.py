@@ -14,6 +14,7 @@ from ..inputs import LayerWeights
 from ..product import OperandProduct
 from ..spec import is_integer, pack_grid
 from .device import device_facts
+from .exchange_plan import cdiv, power_of_two
 from .family import KernelCall, aligned
 from .math import codes, load_grid
 from .transposition import transposed
@@ -87,7 +88,7 @@ def integer_calls(
     columns, groups = weight.shape[0], scale.shape[0]
     quantize = KernelCall(
         kernel=_quantize,
-        grid=(triton.cdiv(rows.numel(), _VALUES), 1, 1),
+        grid=(cdiv(rows.numel(), _VALUES), 1, 1),
         io=(rows, codes),
         static=(grid, rows.numel()),
         constants={"VALUES": _VALUES},
@@ -95,7 +96,7 @@ def integer_calls(
     )
     multiply = KernelCall(
         kernel=_integer_product,
-        grid=(triton.cdiv(number, _ROWS) * triton.cdiv(columns, _COLUMNS), 1, 1),
+        grid=(cdiv(number, _ROWS) * cdiv(columns, _COLUMNS), 1, 1),
         io=(codes, out),
         static=(weight, scale, bias, number),
         constants={
@@ -104,7 +105,7 @@ def integer_calls(
             "GROUPS": groups,
             "ROWS": _ROWS,
             "COLUMNS": _COLUMNS,
-            "DEPTH": min(_DEPTH, max(32, triton.next_power_of_2(features // groups))),
+            "DEPTH": min(_DEPTH, max(32, power_of_two(features // groups))),
             "STAGES": max(1, min(3, device_facts(rows.device).shared_bytes // (_ROWS + _COLUMNS) // _DEPTH)),
         },
         warps=8,

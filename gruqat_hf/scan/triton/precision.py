@@ -9,9 +9,13 @@ from ..spec import ScanSpec
 from .device import INTERPRETED, device_facts, wants_fp32_products
 
 
+def is_exact(inputs: ScanInputs) -> bool:
+    """Whether float products must be accurate to fp32."""
+    return wants_fp32_products() and inputs.gi.dtype == torch.float32
+
+
 def spec_of(inputs: ScanInputs) -> ScanSpec:
-    exact = wants_fp32_products() and inputs.gi.dtype == torch.float32
-    return ScanSpec(inputs.operand, inputs.bias, inputs.grids, inputs.quantized, exact)
+    return ScanSpec(inputs.operand, inputs.bias, inputs.grids, inputs.quantized, is_exact(inputs))
 
 
 def fp32_precision(spec: ScanSpec) -> str:

@@ -88,26 +88,6 @@ class _IntegerProduct(torch.autograd.Function):
         return _backward(ctx, gradient, _)
 
 
-class _FloatProduct(torch.autograd.Function):
-    """``linear(rows, weight, bias)`` with a bias."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, weight)
-        return linear(rows, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        rows, weight = ctx.saved_tensors
-        needs_rows, needs_weight, needs_bias = ctx.needs_input_grad
-        return (
-            gradient @ weight if needs_rows else None,
-            gradient.t() @ rows if needs_weight else None,
-            column_sums(gradient) if needs_bias else None,
-        )
-
-
 def dense_product(operand: Operand, grid: Grid | None, bias: Tensor | None, rows: Tensor) -> Tensor | None:
     """``rows`` ``[R, I]`` → ``[R, gates, H]`` with ``bias`` ``[gates, H]``; None where the general product is to be taken.
 
@@ -121,8 +101,7 @@ def dense_product(operand: Operand, grid: Grid | None, bias: Tensor | None, rows
     weight, gates = factor.values.flatten(0, 2), factor.values.shape[0]
     flat = None if bias is None else bias.reshape(-1)
     if grid is None and factor.scale is None:
-        own = flat is not None and rows.dtype == weight.dtype == flat.dtype and not needs_operators(rows)
-        return (_FloatProduct.apply if own else linear)(rows, weight, flat).unflatten(1, (gates, -1))
+        return linear(rows, weight, flat).unflatten(1, (gates, -1))
     if grid is None or not is_integer(factor, grid):
         return None
     if grid.scale.requires_grad or factor.scale.requires_grad or rows.dtype != torch.float32:

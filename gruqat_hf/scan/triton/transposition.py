@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .exchange_plan import cdiv
 from .family import KernelCall, aligned
 
 #: Values that a program moves.
@@ -43,7 +44,7 @@ def transposition(x: Tensor, out: Tensor, inner: int, largest: Tensor | None = N
     together = max(1, _VALUES // width)
     return KernelCall(
         kernel=_transpose,
-        grid=(triton.cdiv(rows, together), 1, 1),
+        grid=(cdiv(rows, together), 1, 1),
         io=(x, out, None if largest is None else largest.view(torch.int32)),
         static=(rows,),
         constants={"A": width // inner, "B": inner, "ROWS": together},

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..spec import ScanSpec, is_integer, pack_grid
 from .device import device_facts
+from .exchange_plan import cdiv, power_of_two
 from .family import KernelCall
 from .math import codes, count, load_grid, to_tf32
 from .precision import fp32_precision
@@ -86,17 +87,17 @@ def weight_gradient(spec: ScanSpec, dgi: Tensor, dgh_n: Tensor, h0: Tensor, stat
     steps, rows, hidden = states.shape
     total = steps * rows
     precision = fp32_precision(spec)
-    tile = min(64 if precision == "tf32" else 32, max(16, triton.next_power_of_2(size)))
-    tiles = triton.cdiv(size, tile) ** 2
+    tile = min(64 if precision == "tf32" else 32, max(16, power_of_two(size)))
+    tiles = cdiv(size, tile) ** 2
     # About two programs for each processor, each with enough rows to be worth its sum.
-    chunks = max(1, min(triton.cdiv(total, 4 * _DEPTH), 2 * device_facts(dgi.device).processors // (tiles * blocks)))
+    chunks = max(1, min(cdiv(total, 4 * _DEPTH), 2 * device_facts(dgi.device).processors // (tiles * blocks)))
     parts = dgi.new_empty((chunks, *factor.values.shape), dtype=torch.float32)
     integer = is_integer(factor, spec.grids.h)
     KernelCall(
         kernel=_kernel,
         grid=(tiles, blocks, chunks),
         io=(dgi, dgh_n, h0, states),
-        static=(pack_grid(spec.grids.h), parts, total, rows, triton.cdiv(total, chunks)),
+        static=(pack_grid(spec.grids.h), parts, total, rows, cdiv(total, chunks)),
         constants={
             "H": hidden,
             "SIZE": size,

@@ -7,13 +7,14 @@ memory, barrier, product with the transposed weights. Coefficients follow from s
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from ...triton.block_diagonal import backward as portable
 from ...triton.block_diagonal.weights import packed
 from ...triton.device import device_facts
+from ...triton.exchange_plan import cdiv
 from ...triton.family import KernelCall, ScanGradients, aligned
+from ...triton.magnitude import largest_magnitudes
 from ...triton.math import in_range, load_grid
 from ...triton.weight_gradient import weight_gradient
 from ..gluon import gl, jit, mma_v2, wait_for_copies
@@ -85,6 +86,7 @@ def _backward(
     db_r = gl.full([BLOCK, ROWS], 0.0, gl.float32, layout=GATES)
     db_z = db_r
     db_n = db_r
+    db_in = db_r
     up = gl.full([ROWS], 0.0, gl.float32, layout=gl.SliceLayout(0, GATES))
     down = up
 
@@ -128,12 +130,14 @@ def _backward(
             dgi_p = dgi + at * 3 + wide
             gl.store(dgi_p, da_r.to(dgi.dtype.element_ty), mask=here)
             gl.store(dgi_p + H, da_z.to(dgi.dtype.element_ty), mask=here)
-            gl.store(dgi_p + 2 * H, (grad * c_n).to(dgi.dtype.element_ty), mask=here)
+            da_n = grad * c_n
+            gl.store(dgi_p + 2 * H, da_n.to(dgi.dtype.element_ty), mask=here)
             gl.store(dgh_n + at + offset, dh_n.to(dgi.dtype.element_ty), mask=here)
             at += step
             db_r += da_r
             db_z += da_z
             db_n += dh_n
+            db_in += da_n
             weighted = gl.full([BLOCK, ROWS], 1.0, gl.float32, layout=GATES) * down[None, :]
             if h_grid is not None:
                 weighted = gl.where(in_range(h, h_inv, h_low, h_high), weighted, 0.0)
@@ -154,9 +158,14 @@ def _backward(
     gl.store(dh0 + offset, carry.to(dh0.dtype.element_ty), mask=inside)
     sums_p = sums + gl.program_id(1) * H + c
     gate = gl.num_programs(1) * H
-    gl.store(sums_p, gl.sum(db_r, axis=1), mask=s < SIZE)
-    gl.store(sums_p + gate, gl.sum(db_z, axis=1), mask=s < SIZE)
+    sum_r = gl.sum(db_r, axis=1)
+    sum_z = gl.sum(db_z, axis=1)
+    gl.store(sums_p, sum_r, mask=s < SIZE)
+    gl.store(sums_p + gate, sum_z, mask=s < SIZE)
     gl.store(sums_p + 2 * gate, gl.sum(db_n, axis=1), mask=s < SIZE)
+    gl.store(sums_p + 3 * gate, sum_r, mask=s < SIZE)
+    gl.store(sums_p + 4 * gate, sum_z, mask=s < SIZE)
+    gl.store(sums_p + 5 * gate, gl.sum(db_in, axis=1), mask=s < SIZE)
 
 
 def backward(
@@ -172,20 +181,20 @@ def backward(
     want_adjoint: bool,
     want_weights: bool,
 ) -> ScanGradients:
-    """Gradients of the sequence, of h0, of the weights and of the bias."""
+    """Gradients of the sequence, of h0, of the weights and of both biases."""
     spec, weight, h_grid, size, _ = prepared
     if spec.exact:
         return portable.backward(prepared, gi, h0, states, gates, mask, reverse, dstates, dlast, want_adjoint, want_weights)
     steps, rows, _, hidden = gi.shape
     padded = weight.shape[-1]
     tile = rows_of_tile(hidden // size, rows, device_facts(gi.device).processors)
-    tiles = triton.cdiv(rows, tile)
+    tiles = cdiv(rows, tile)
     dgi = torch.empty_like(gi)
     dgh_n = gi.new_empty((steps, rows, hidden))
     dh0 = torch.empty_like(h0)
     adjoint = torch.empty_like(states, dtype=torch.float32) if want_adjoint else None
-    sums = gi.new_empty((3, tiles, hidden), dtype=torch.float32)
-    largest = torch.linalg.vector_norm(dstates, float("inf"), dtype=torch.float32)
+    sums = gi.new_empty((6, tiles, hidden), dtype=torch.float32)
+    largest = largest_magnitudes(dstates, dlast)
     KernelCall(
         kernel=_backward,
         grid=(hidden // size, tiles, 1),
@@ -202,7 +211,8 @@ def backward(
         },
         warps=padded // 16,
     ).run()
+    dbias, dbias_input = sums.sum(1).split(3)
     if not want_weights:
-        return ScanGradients(dgi, dh0, adjoint=adjoint)
+        return ScanGradients(dgi, dh0, adjoint=adjoint, dbias_input=dbias_input)
     dfirst = weight_gradient(spec, dgi, dgh_n, h0, states, reverse)
-    return ScanGradients(dgi, dh0, adjoint=adjoint, dfirst=dfirst, dbias=sums.sum(1))
+    return ScanGradients(dgi, dh0, adjoint=adjoint, dfirst=dfirst, dbias=dbias, dbias_input=dbias_input)

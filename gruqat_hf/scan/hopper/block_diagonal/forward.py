@@ -6,12 +6,12 @@ of the next STAGES steps are on their way to shared memory, those of the next on
 
 from __future__ import annotations
 
-import triton
 from torch import Tensor
 
 from ...spec import grid_size
 from ...triton.block_diagonal.weights import BlockWeights, packed, prepare
 from ...triton.device import device_facts
+from ...triton.exchange_plan import cdiv
 from ...triton.family import KernelCall, aligned
 from ...triton.math import codes, gru_gates, in_range, load_grid, pack_gates
 from ..gluon import commit_copies, copy_to_shared, gl, jit, mma_v2, wait_for_copies
@@ -186,7 +186,7 @@ def call(
     tile = rows_of_tile(weights.blocks, rows, device_facts(gi.device).processors)
     return KernelCall(
         kernel=_forward,
-        grid=(weights.blocks, triton.cdiv(rows, tile), 1),
+        grid=(weights.blocks, cdiv(rows, tile), 1),
         io=(gi, h0, mask, states, packed(gates)),
         static=(weights.weight, weights.scale, weights.bias, weights.h_grid, weights.state_grid, steps, rows),
         constants={

@@ -6,7 +6,7 @@ from ....operands import Operand
 from ...inputs import ScanInputs
 from ...triton import monarch as portable
 from ...triton.device import DeviceFacts
-from ...triton.precision import spec_of
+from ...triton.precision import is_exact
 from ..cluster import refuses_clusters
 from ..device import refuses_hopper
 from ..products import refuses_products
@@ -45,6 +45,6 @@ def refuses(inputs: ScanInputs, facts: DeviceFacts) -> str | None:
     mid = inputs.grids.mid
     if mid is not None and mid.scale.numel() > shapes[0][0]:
         return "the grid of mid has a scale for each gate, but the gates share the first factor"
-    if spec_of(inputs).exact and (reason := portable.refuses(inputs, facts)) is not None:
+    if is_exact(inputs) and (reason := portable.refuses(inputs, facts)) is not None:
         return f"gradients as exact as fp32 are the portable kernels', but {reason}"
     return refuses_clusters(programs, inputs.gi.device.index)

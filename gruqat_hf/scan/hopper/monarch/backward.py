@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from ...triton.block_diagonal.weights import packed
+from ...triton.exchange_plan import cdiv
 from ...triton.family import ScanGradients, aligned
 from ...triton.monarch import backward as portable
 from ...triton.monarch.weights import Orders, mid_values, weight_gradients
@@ -35,9 +35,11 @@ def backward(
     dlast: Tensor,
     want_adjoint: bool,
     want_weights: bool = False,
+    interleaved: bool = False,
 ) -> ScanGradients:
-    """Gradients of the scan's inputs and, if wanted, of the weights."""
+    """Gradients of the scan's inputs and, if wanted, of the weights; interleaved: that of ``gi`` in exchange order."""
     if prepared.portable is not None:
+        assert not interleaved
         scan = gi, h0, states, gates, mask, reverse, dstates, dlast
         return portable.backward(prepared.portable, *scan, want_adjoint, want_weights)
     spec = prepared.spec
@@ -58,7 +60,7 @@ def backward(
     dstates, dlast = transposed(dstates, programs, largest[:1]), transposed(dlast, programs, largest[1:])
     ClusterCall(
         kernel=backward_kernel,
-        grid=(1, triton.cdiv(rows, TILE_ROWS), 1),
+        grid=(1, cdiv(rows, TILE_ROWS), 1),
         io=(
             h0, mask, transposed(states, programs), packed(aligned(gates)), passes, dstates, dlast,
             dgi, dgh_n, dh0, adjoint, dmid,
@@ -81,6 +83,6 @@ def backward(
     if want_weights:
         assert mid is not None and dmid is not None and dgh_n is not None
         dfirst, dsecond, dbias = weight_gradients(spec, states, h0, reverse, mid, dmid, dgi, dgh_n, orders)
-    dgi = transposed(dgi, block)
+    dgi = dgi if interleaved else transposed(dgi, block)
     adjoint = None if adjoint is None else transposed(adjoint, block)
     return ScanGradients(dgi=dgi, dh0=dh0, adjoint=adjoint, dfirst=dfirst, dsecond=dsecond, dbias=dbias)

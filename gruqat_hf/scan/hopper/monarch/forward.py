@@ -8,11 +8,12 @@ their way to shared memory, and what a step stores waits for the next one's mid 
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from ...spec import grid_size
 from ...triton.block_diagonal.weights import packed
+from ...triton.exchange_plan import cdiv
+from ...triton.family import aligned
 from ...triton.math import codes, gru_gates, in_range, load_grid, pack_gates
 from ...triton.transposition import transposed, transposition
 from ..cluster import ClusterCall
@@ -210,7 +211,7 @@ def call(
     programs, block = weights.first.shape[1:3]
     return ClusterCall(
         kernel=_forward,
-        grid=(1, triton.cdiv(rows, TILE_ROWS), 1),
+        grid=(1, cdiv(rows, TILE_ROWS), 1),
         io=(gi, h0, mask, states, packed(gates)),
         static=(*weights[:-1], steps, rows),
         constants={
@@ -232,10 +233,19 @@ def call(
 
 
 def forward(
-    weights: MonarchWeights, gi: Tensor, h0: Tensor, mask: Tensor | None, reverse: bool, states: Tensor, gates: Tensor | None
+    weights: MonarchWeights,
+    gi: Tensor,
+    h0: Tensor,
+    mask: Tensor | None,
+    reverse: bool,
+    states: Tensor,
+    gates: Tensor | None,
+    interleaved: bool = False,
 ) -> None:
-    """Fill ``states``, and ``gates`` if given, from ``gi``; gates of 16 bits in exchange order, all else in that of channels."""
+    """Fill ``states``, and ``gates`` if given, from ``gi``; gates of 16 bits in exchange order, and ``gi`` if it is interleaved,
+    all else in that of channels."""
     programs, block = weights.first.shape[1:3]
     scanned = torch.empty_like(states)
-    call(weights, transposed(gi, programs), h0, mask, reverse, scanned, gates).run()
+    gi = aligned(gi) if interleaved else transposed(gi, programs)
+    call(weights, gi, h0, mask, reverse, scanned, gates).run()
     transposition(scanned, states, block).run()

@@ -12,7 +12,9 @@ from torch import Tensor
 from ...spec import ScanSpec, pack_grid
 from .. import streamed
 from ..device import device_facts
+from ..exchange_plan import cdiv
 from ..family import KernelCall, ScanGradients
+from ..magnitude import largest_magnitudes
 from ..math import count, gru_gradients, in_range, load_grid, round_to_tf32, unpack_gates
 from ..memory import put
 from ..precision import fp32_precision
@@ -33,8 +35,8 @@ def _backward(
 ):  # fmt: skip
     """Program (k, j): block k of rows j * ROWS and on, from the last step of the scan to the first.
 
-    ``weight`` is transposed, ``[3, nblocks, in, out]``. ``sums`` ``[3, row tiles, H]`` takes the program's sums of the gradients
-    of the hidden product.
+    ``weight`` is transposed, ``[3, nblocks, in, out]``. ``sums`` ``[6, row tiles, H]`` takes the program's sums of the gradients
+    of the hidden and of the input product.
 
     With weights in fp16, gradients are multiplied by a power of two for the product, one for each row, that brings the larger of
     the carry and of all ``dstates`` (``largest_gradient``) near 2**4. It is taken anew every RESCALE steps; in between gradients
@@ -74,6 +76,7 @@ def _backward(
     db_r = tl.zeros((BLOCK, ROWS), tl.float32)
     db_z = db_r
     db_n = db_r
+    db_in = db_r
     for i in tl.range(0, count(T), num_stages=STAGES):
         if PACKED:
             r, z, n, hn = unpack_gates(tl.load(gates + at + offset, mask=inside, other=0))
@@ -124,19 +127,26 @@ def _backward(
         dgi_p = dgi + at * 3 + wide
         put(dgi_p, da_r.to(dgi.dtype.element_ty), inside)
         put(dgi_p + H, da_z.to(dgi.dtype.element_ty), inside)
-        put(dgi_p + 2 * H, (grad * da_n).to(dgi.dtype.element_ty), inside)
+        da_n = grad * da_n
+        put(dgi_p + 2 * H, da_n.to(dgi.dtype.element_ty), inside)
         put(dgh_n + at + offset, dh_n.to(dgi.dtype.element_ty), inside)
         db_r += da_r
         db_z += da_z
         db_n += dh_n
+        db_in += da_n
         at += step
     tl.store(dh0 + offset, carry, mask=inside)
     own = s < SIZE
     sums_p = sums + tl.program_id(1) * H + c
     gate = tl.num_programs(1) * H
-    tl.store(sums_p, tl.sum(db_r, 1), mask=own)
-    tl.store(sums_p + gate, tl.sum(db_z, 1), mask=own)
+    sum_r = tl.sum(db_r, 1)
+    sum_z = tl.sum(db_z, 1)
+    tl.store(sums_p, sum_r, mask=own)
+    tl.store(sums_p + gate, sum_z, mask=own)
     tl.store(sums_p + 2 * gate, tl.sum(db_n, 1), mask=own)
+    tl.store(sums_p + 3 * gate, sum_r, mask=own)
+    tl.store(sums_p + 4 * gate, sum_z, mask=own)
+    tl.store(sums_p + 5 * gate, tl.sum(db_in, 1), mask=own)
 
 
 class BackwardWeights(NamedTuple):
@@ -185,7 +195,7 @@ def backward(
     want_adjoint: bool,
     want_weights: bool,
 ) -> ScanGradients:
-    """Gradients of the sequence, of h0, of the weights and of the bias."""
+    """Gradients of the sequence, of h0, of the weights and of both biases."""
     spec, weight, h_grid, size, precision = prepared
     steps, rows, _, hidden = gi.shape
     adjoint = torch.empty_like(states, dtype=torch.float32) if want_adjoint else None
@@ -202,9 +212,9 @@ def backward(
         dgi = torch.empty_like(gi)
         dgh_n = gi.new_empty((steps, rows, hidden))
         dh0 = torch.empty_like(h0)
-        tiles = triton.cdiv(rows, ROWS)
-        sums = gi.new_empty((3, tiles, hidden), dtype=torch.float32)
-        largest = torch.linalg.vector_norm(dstates, float("inf"), dtype=torch.float32)
+        tiles = cdiv(rows, ROWS)
+        sums = gi.new_empty((6, tiles, hidden), dtype=torch.float32)
+        largest = largest_magnitudes(dstates, dlast)
         KernelCall(
             kernel=_backward,
             grid=(hidden // size, tiles, 1),
@@ -223,11 +233,11 @@ def backward(
             },
             warps=4,
         ).run()
-    dfirst = dbias = None
+    dfirst = dbias = dbias_input = None
+    if sums is not None:
+        dbias, dbias_input = sums.sum(1).split(3)
     if want_weights:
         dfirst = weight_gradient(spec, dgi, dgh_n, h0, states, reverse)
         if sums is None:
             dbias = torch.cat([dgi[:, :, :2].sum((0, 1), dtype=torch.float32), dgh_n.sum((0, 1), dtype=torch.float32)[None]])
-        else:
-            dbias = sums.sum(1)
-    return ScanGradients(dgi, dh0, adjoint=adjoint, dfirst=dfirst, dbias=dbias)
+    return ScanGradients(dgi, dh0, adjoint=adjoint, dfirst=dfirst, dbias=dbias if want_weights else None, dbias_input=dbias_input)

@@ -10,6 +10,7 @@ from torch import Tensor
 from ...spec import grid_size
 from .. import streamed
 from ..device import device_facts
+from ..exchange_plan import cdiv
 from ..family import KernelCall
 from ..math import codes, count, gru_gates, in_range, load_grid, pack_gates
 from ..memory import put
@@ -206,7 +207,7 @@ def call(
     }
     return KernelCall(
         kernel=_forward,
-        grid=(weights.blocks, triton.cdiv(rows, ROWS), 1),
+        grid=(weights.blocks, cdiv(rows, ROWS), 1),
         io=(gi, h0, mask, states, packed(gates)),
         static=(weights.weight, weights.scale, weights.bias, weights.h_grid, weights.state_grid, steps, rows),
         constants=constants,

@@ -7,14 +7,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..exchange_plan import cdiv
 from ..family import KernelCall, ScanGradients
 from ..math import codes, count, gru_gates, gru_gradients, in_range, load_gate_grids, load_grid
 from .weights import DiagonalWeights, hidden_product, load_gate, load_scale, load_values, prepare
 
 __all__ = ["backward", "prepare"]
 
-#: Rows of the sums that a program leaves for its channels: weights and biases of r, z, n.
-_SUMS = 6
+#: Rows of the sums that a program leaves for its channels: weights, hidden bias and input bias of r, z, n.
+_SUMS = 9
 
 
 @triton.jit(do_not_specialize=["T", "B"])
@@ -60,7 +61,7 @@ def _backward(
     dgi_p = dgi + (start * row + b * H) * 3 + c
     at = start * row + b * H + c
     dw_r = tl.zeros((BLOCK,), tl.float32)
-    dw_z, dw_n, db_r, db_z, db_n = dw_r, dw_r, dw_r, dw_r, dw_r
+    dw_z, dw_n, db_r, db_z, db_n, db_in = dw_r, dw_r, dw_r, dw_r, dw_r, dw_r
     for i in tl.range(0, count(T), UNROLL, num_stages=STAGES):
         loaded = ()
         for u in tl.static_range(UNROLL):
@@ -121,11 +122,12 @@ def _backward(
             carry = grad * slope
             da_r = grad * da_r
             da_z = grad * da_z
+            da_n = grad * da_n
             dh_n = grad * dh_n
             p = dgi_p - u * step * 3
             tl.store(p, da_r, mask=here)
             tl.store(p + H, da_z, mask=here)
-            tl.store(p + 2 * H, grad * da_n, mask=here)
+            tl.store(p + 2 * H, da_n, mask=here)
             if adjoint is not None:
                 tl.store(adjoint + (at - u * step), tl.where(runs, grad, 0.0), mask=here)
             dw_r += da_r * x
@@ -134,6 +136,7 @@ def _backward(
             db_r += da_r
             db_z += da_z
             db_n += dh_n
+            db_in += da_n
         gi_p -= UNROLL * step * 3
         dgi_p -= UNROLL * step * 3
         at -= UNROLL * step
@@ -149,6 +152,9 @@ def _backward(
     tl.store(sums_p + 3 * row, db_r, mask=inside)
     tl.store(sums_p + 4 * row, db_z, mask=inside)
     tl.store(sums_p + 5 * row, db_n, mask=inside)
+    tl.store(sums_p + 6 * row, db_r, mask=inside)
+    tl.store(sums_p + 7 * row, db_z, mask=inside)
+    tl.store(sums_p + 8 * row, db_in, mask=inside)
 
 
 def backward(
@@ -164,7 +170,7 @@ def backward(
     want_adjoint: bool,
     want_weights: bool,
 ) -> ScanGradients:
-    """Gradients of the sequence, of h0, of the weights and of the bias.
+    """Gradients of the sequence, of h0, of the weights and of both biases.
 
     Gates are the float state's in every state: what they lack in exactness no gradient shows, and they take half the time. Only
     where pre-activations have a grid they must be the forward scan's, or some would round to other codes.
@@ -177,14 +183,14 @@ def backward(
     constants = weights.tiling(64, unroll=4, stages=4, steps=steps, reverse=reverse, portable=portable)
     KernelCall(
         kernel=_backward,
-        grid=(triton.cdiv(hidden, constants["BLOCK"]), rows, 1),
+        grid=(cdiv(hidden, constants["BLOCK"]), rows, 1),
         io=(gi, h0, mask, states, dstates, dlast, dgi, dh0, adjoint, sums),
         static=(*weights.static, steps, rows),
         constants=constants,
         warps=1,
         portable=portable,
     ).run()
+    dfirst, dbias, dbias_input = sums.sum(1).split(3)
     if not want_weights:
-        return ScanGradients(dgi, dh0, adjoint=adjoint)
-    dfirst, dbias = sums.sum(1).split(3)
-    return ScanGradients(dgi, dh0, adjoint=adjoint, dfirst=dfirst, dbias=dbias)
+        dfirst = dbias = None
+    return ScanGradients(dgi, dh0, adjoint=adjoint, dfirst=dfirst, dbias=dbias, dbias_input=dbias_input)

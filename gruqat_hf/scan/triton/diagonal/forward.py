@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..exchange_plan import cdiv
 from ..family import KernelCall
 from ..math import codes, count, gru_gates, load_gate_grids, load_grid
 from .weights import DiagonalWeights, hidden_product, load_gate, prepare
@@ -98,7 +99,7 @@ def call(
     constants = weights.tiling(block, unroll=8, stages=stages, steps=steps, reverse=reverse, portable=weights.quantized)
     return KernelCall(
         kernel=_forward,
-        grid=(triton.cdiv(hidden, constants["BLOCK"]), rows, 1),
+        grid=(cdiv(hidden, constants["BLOCK"]), rows, 1),
         io=(gi, h0, mask, states, None),
         static=(*weights.static, steps, rows),
         constants=constants,

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...spec import ScanSpec, grid_size, pack_gates_grid, pack_grid
+from ..exchange_plan import power_of_two
 from ..math import SIGMOID_FACTOR, TANH_FACTOR
 
 
@@ -42,7 +43,7 @@ class DiagonalWeights(NamedTuple):
             "INTEGER": self.scale is not None and self.h_grid is not None,
             "STATE_N": grid_size(self.state_grid),
             "GATES_SHAPE": None if self.gates_grid is None else tuple(self.gates_grid.shape[1:]),
-            "BLOCK": min(block, triton.next_power_of_2(hidden)),
+            "BLOCK": min(block, power_of_two(hidden)),
             "UNROLL": unroll,
             "STAGES": stages,
             "EVEN_STEPS": steps % unroll == 0,

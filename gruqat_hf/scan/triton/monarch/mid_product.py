@@ -11,6 +11,7 @@ from ....operands import Factor
 from ....quantization import Grid
 from ...spec import pack_grid
 from ..device import device_facts
+from ..exchange_plan import cdiv, power_of_two
 from ..family import KernelCall
 from ..math import codes, in_range, load_grid, to_tf32
 from .blocks import axes, natural, place, rows_before
@@ -136,10 +137,10 @@ def multiply(
     # Before Ampere a product holds more of its operands in registers.
     is_old = torch.version.hip is None and device_facts(rows.device).capability < (8, 0)
     tile_rows, most = (32, 32) if is_old else (128, 64)
-    columns, depth = (min(most, max(16, triton.next_power_of_2(size))) for size in (outs, ins // groups))
+    columns, depth = (min(most, max(16, power_of_two(size))) for size in (outs, ins // groups))
     KernelCall(
         kernel=_kernel,
-        grid=(blocks * triton.cdiv(outs, columns) * triton.cdiv(size, tile_rows), 1, 1),
+        grid=(blocks * cdiv(outs, columns) * cdiv(size, tile_rows), 1, 1),
         io=(rows, h0, values, passes),
         static=(first.values.contiguous(), scale, pack_grid(h_grid), mid, size, 0 if h0 is None else h0.shape[0]),
         constants={

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..device import device_facts
+from ..exchange_plan import cdiv, power_of_two
 from ..family import KernelCall
 from ..math import codes, count, load_grid, to_tf32
 from .blocks import BlockRows, natural, place, rows_before
@@ -70,7 +71,7 @@ class Tile(NamedTuple):
     def programs(self, product: OuterProduct) -> int:
         """How many take a product's rows."""
         gates, *sizes = product.shape
-        return gates * prod(triton.cdiv(size, own) for size, own in zip(sizes, self[:3]))
+        return gates * prod(cdiv(size, own) for size, own in zip(sizes, self[:3]))
 
 
 def plan_tile(product: OuterProduct, precision: str) -> Tile:
@@ -80,17 +81,17 @@ def plan_tile(product: OuterProduct, precision: str) -> Tile:
     read do so through the second-level cache.
     """
     block, element = product.left.block, product.left.element
-    sides = [min(64, max(16, triton.next_power_of_2(axis.size))) for axis in (element, product.right.element)]
+    sides = [min(64, max(16, power_of_two(axis.size))) for axis in (element, product.right.element)]
     if precision != "tf32":
         sides = [min(32, side) for side in sides]
-    alternate = triton.next_power_of_2(block.count) if element.inner > 1 and block.inner == 1 else 1
+    alternate = power_of_two(block.count) if element.inner > 1 and block.inner == 1 else 1
     left, right = sides
     if alternate > 1:
         together = min(alternate, max(8, 4096 // (left * right)))
         if together >= 8 and left * right > 2048:
             left //= 2
     else:
-        together = min(triton.next_power_of_2(block.size), max(1, 4096 // (left * right)))
+        together = min(power_of_two(block.size), max(1, 4096 // (left * right)))
     # Warps share blocks out among them, and several on one block would repeat each other's work.
     warps = 4 if together < 8 else 8
     rows = min(64, max(16, 512 * warps // (together * max(left, right))))
@@ -208,7 +209,7 @@ def _fill(product: OuterProduct, tile: Tile, parts: Tensor, offset: int, chunk: 
         sums = (gates * blocks * outs * ins, product.channels, *strides)
     # What a thread loads at once, both sides alike.
     run = min(product.left.element.count, tile.left) if product.left.element.inner == 1 else min(block.count, tile.blocks)
-    vector = min(16 // min(left.element_size(), right.element_size()), triton.next_power_of_2(run))
+    vector = min(16 // min(left.element_size(), right.element_size()), power_of_two(run))
     KernelCall(
         kernel=_kernel,
         grid=(tile.programs(product), len(parts), 1),
@@ -250,7 +251,7 @@ def sum_products(products: Sequence[OuterProduct], precision: str) -> list[tuple
     tiles = [plan_tile(product, precision) for product in products]
     fewest = min(tile.programs(product) for product, tile in zip(products, tiles))
     wanted = max(1, min(rows // _FEWEST_ROWS, 2 * device_facts(device).processors // fewest))
-    chunk = triton.cdiv(triton.cdiv(rows, wanted), _FEWEST_ROWS) * _FEWEST_ROWS
+    chunk = cdiv(cdiv(rows, wanted), _FEWEST_ROWS) * _FEWEST_ROWS
     sizes = [
         size
         for product in products
@@ -259,7 +260,7 @@ def sum_products(products: Sequence[OuterProduct], precision: str) -> list[tuple
             product.gates * product.channels if product.column_sums else 0,
         )
     ]
-    parts = torch.empty((triton.cdiv(rows, chunk), sum(sizes)), dtype=torch.float32, device=device)
+    parts = torch.empty((cdiv(rows, chunk), sum(sizes)), dtype=torch.float32, device=device)
     offset = 0
     for product, tile, size, own in zip(products, tiles, sizes[::2], sizes[1::2]):
         _fill(product, tile, parts, offset, chunk, precision)
