@@ -417,3 +417,20 @@ def test_blocks_are_kept_where_they_fit():
     assert block_diagonal.is_resident(64, False, turing) and not block_diagonal.is_resident(128, False, turing)
     assert block_diagonal.tiling(128, False, True, hopper) == (1, 4)
     assert not block_diagonal.is_resident(64, False, DeviceFacts(16, 49152, (7, 5)))  # its dots are of fp32 weights
+
+
+@interpreted
+@pytest.mark.parametrize("structure", ["diagonal", "dense"])
+def test_nan_of_an_input_reaches_all_states_of_its_row(structure):
+    """Codes are integers, of which none means NaN."""
+    layer = build({"kind": structure}, "int8_state16", 8, 5, CPU)
+    x = torch.randn(4, 3, 5)
+    x[1, 2, 3] = torch.nan
+    found = {}
+    for backend in ("reference", "triton"):
+        layer.backend = backend
+        with torch.no_grad():
+            inferred = layer(x)[0]
+        found[backend] = torch.stack([inferred, layer(x)[0].detach()])
+    assert torch.equal(found["reference"].isnan(), found["triton"].isnan()) and found["triton"][:, 1:, 2].isnan().all()
+    assert torch.equal(found["reference"].nan_to_num(9.0), found["triton"].nan_to_num(9.0))

@@ -23,24 +23,36 @@ from .transposition import transposed
 InputProduct = Callable[[Tensor], Tensor]
 
 #: Tile of the product, and values that a program quantizes.
-_ROWS, _COLUMNS, _DEPTH, _VALUES = 128, 128, 128, 512
+_ROWS, _COLUMNS, _DEPTH, _VALUES = 128, 128, 128, 1024
 
 
-@triton.jit(do_not_specialize=["size"])
-def _quantize(x, out, grid, size, VALUES: tl.constexpr):
+@triton.jit(do_not_specialize=["R"])
+def _quantize(x, out, unit, grid, R, INPUTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Codes of rows, which may have no NaN, and for each row NaN if ``x`` has one there, else 1: what its products are to be
+    multiplied by."""
     _, inv, low, high = load_grid(grid, 0, 1)
-    i = tl.program_id(0).to(tl.int64) * VALUES + tl.arange(0, VALUES)
-    code = codes(tl.load(x + i, mask=i < size, other=0.0).to(tl.float32), inv, low, high)
-    tl.store(out + i, code.to(out.dtype.element_ty), mask=i < size)
+    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    strange = tl.zeros((ROWS,), tl.int32)
+    for start in tl.range(0, INPUTS, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        inside = (r < R)[:, None] & (i < INPUTS)[None, :]
+        at = tl.cast(r, tl.int64)[:, None] * INPUTS + i[None, :]
+        value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        strange = tl.maximum(strange, tl.max((value != value).to(tl.int32), axis=1))
+        tl.store(out + at, codes(value, inv, low, high).to(out.dtype.element_ty), mask=inside)
+    tl.store(unit + r, tl.where(strange != 0, float("nan"), 1.0), mask=r < R)
 
 
 @triton.jit(do_not_specialize=["R"])
 def _integer_product(
-    x, out, weight, scale, bias, R,
+    x, unit, out, weight, scale, bias, R,
     INPUTS: tl.constexpr, N: tl.constexpr, GROUPS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """``out = sum over groups of (x @ weight.T) * scale + bias`` of codes ``x`` and ``weight`` ``[N, INPUTS]``, int8 or fp16."""
+    """``out = sum over groups of (x @ weight.T) * scale + bias`` of codes ``x`` and ``weight`` ``[N, INPUTS]``, int8 or fp16.
+
+    ``unit``: see :func:`_quantize`.
+    """
     tiles: tl.constexpr = (N + COLUMNS - 1) // COLUMNS
     WIDTH: tl.constexpr = INPUTS // GROUPS
     HALF: tl.constexpr = weight.dtype.element_ty == tl.float16
@@ -71,33 +83,36 @@ def _integer_product(
             total = term
         else:
             total += term
+    total *= tl.load(unit + r, mask=r < R, other=1.0)[:, None]
     if bias is not None:
         total += tl.load(bias + c, mask=c < N, other=0.0)[None, :]
     tl.store(out + tl.cast(r, tl.int64)[:, None] * N + c[None, :], total, mask=(r < R)[:, None] & (c < N)[None, :])
 
 
 def integer_calls(
-    rows: Tensor, codes: Tensor, out: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, grid: Tensor
+    rows: Tensor, codes: Tensor, unit: Tensor, out: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, grid: Tensor
 ) -> tuple[KernelCall, KernelCall]:
-    """Fill ``codes`` with those of ``rows`` ``[R, I]``, and ``out`` ``[R, N]``.
+    """Fill ``codes`` with those of ``rows`` ``[R, I]``, ``unit`` ``[R]`` fp32, and ``out`` ``[R, N]``.
 
     Args:
         weight: codes ``[N, I]``, dtype of ``codes``; scale: ``[groups, N]``; bias: ``[N]`` or None; grid: packed.
     """
     number, features = rows.shape
     columns, groups = weight.shape[0], scale.shape[0]
+    block = min(_VALUES, power_of_two(features))
+    together = _VALUES // block
     quantize = KernelCall(
         kernel=_quantize,
-        grid=(cdiv(rows.numel(), _VALUES), 1, 1),
-        io=(rows, codes),
-        static=(grid, rows.numel()),
-        constants={"VALUES": _VALUES},
+        grid=(cdiv(number, together), 1, 1),
+        io=(rows, codes, unit),
+        static=(grid, number),
+        constants={"INPUTS": features, "ROWS": together, "BLOCK": block},
         portable=True,
     )
     multiply = KernelCall(
         kernel=_integer_product,
         grid=(cdiv(number, _ROWS) * cdiv(columns, _COLUMNS), 1, 1),
-        io=(codes, out),
+        io=(codes, unit, out),
         static=(weight, scale, bias, number),
         constants={
             "INPUTS": features,
@@ -137,13 +152,13 @@ def _integer(weights: LayerWeights, programs: int) -> InputProduct:
     def product(rows: Tensor) -> Tensor:
         rows = aligned(rows.contiguous())
         quantized = torch.empty_like(rows, dtype=dtype)
-        out = rows.new_empty((rows.shape[0], columns))
+        unit, out = rows.new_empty(rows.shape[0]), rows.new_empty((rows.shape[0], columns))
         if rows.shape[0] not in launches:
-            calls = integer_calls(rows, quantized, out, weight, scale, bias, grid)
+            calls = integer_calls(rows, quantized, unit, out, weight, scale, bias, grid)
             launches[rows.shape[0]] = tuple(call.compiled() for call in calls)
         quantize, multiply = launches[rows.shape[0]]
-        quantize(rows, quantized)
-        multiply(quantized, out)
+        quantize(rows, quantized, unit)
+        multiply(quantized, unit, out)
         return out
 
     return product

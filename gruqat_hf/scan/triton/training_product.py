@@ -27,7 +27,7 @@ def _integer_product(
     from .input_product import integer_calls
 
     codes, out = _empty(rows, weight, scale, bias, grid, wide)[::-1]
-    for call in integer_calls(rows, codes, out, weight.to(codes.dtype), scale, bias, grid):
+    for call in integer_calls(rows, codes, rows.new_empty(rows.shape[0]), out, weight.to(codes.dtype), scale, bias, grid):
         call.run()
     return out, codes
 
