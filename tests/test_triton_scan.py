@@ -420,6 +420,20 @@ def test_blocks_are_kept_where_they_fit():
 
 
 @interpreted
+@pytest.mark.parametrize("recipe", [None, "int8_state16"])
+@pytest.mark.parametrize("masked, reverse", [(False, False), (True, True)])
+@pytest.mark.parametrize("steps", [12, 13, 16])
+def test_diagonal_gradients_by_chunks_of_steps(monkeypatch, steps, masked, reverse, recipe):
+    """As where there are few rows for a GPU."""
+    module, cut = import_module("gruqat_hf.scan.triton.diagonal.backward"), []
+    monkeypatch.setattr(module, "_CHUNK", 4)
+    run = module.KernelCall.run
+    monkeypatch.setattr(module.KernelCall, "run", lambda call: (cut.append(call.constants.get("ONLY_MAPS")), run(call)))
+    check(build({"kind": "diagonal"}, recipe, 12, 5, CPU, reverse=reverse), steps, 1, masked=masked)
+    assert True in cut
+
+
+@interpreted
 @pytest.mark.parametrize("structure", ["diagonal", "dense"])
 def test_nan_of_an_input_reaches_all_states_of_its_row(structure):
     """Codes are integers, of which none means NaN."""

@@ -134,7 +134,7 @@ def replay_product(
     if wanted.bias:
         of_r_and_z = column_sums(dgi.flatten(0, 1).flatten(1)).view(2, -1) if dbias_input is None else dbias_input[:2]
         bias = torch.cat([of_r_and_z, column_sums(dgh_n.flatten(0, 1).flatten(1))[None]])
-    return SpecTensors(result, *(None,) * 3, bias, *(None,) * 3)
+    return SpecTensors(*(None,) * len(SpecTensors._fields))._replace(first=result, bias=bias)
 
 
 def _outer_products(d: Tensor, h: Tensor, factor: Factor) -> Tensor:

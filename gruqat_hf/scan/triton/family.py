@@ -125,6 +125,8 @@ class KernelCall:
         return run
 
 
+_HIP = torch.version.hip is not None
+
 #: Compiled kernels by the signatures of their launches.
 _COMPILED: dict[tuple[Any, ...], Any] = {}
 
@@ -134,7 +136,9 @@ def _type_of(value: Tensor | int | float | None) -> object:
     if value is None:
         return None
     if isinstance(value, Tensor):
-        return value.dtype, value.data_ptr() % 16 == 0
+        aligned = value.data_ptr() % 16 == 0
+        # For AMD Triton addresses what is below 2 GB by 32 bits.
+        return (value.dtype, aligned, value.untyped_storage().nbytes() < 1 << 31) if _HIP else (value.dtype, aligned)
     return type(value), isinstance(value, int) and value >= 1 << 31
 
 

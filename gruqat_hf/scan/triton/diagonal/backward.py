@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..device import device_facts
 from ..exchange_plan import cdiv
 from ..family import KernelCall, ScanGradients
 from ..math import codes, count, gru_gates, gru_gradients, in_range, load_gate_grids, load_grid
@@ -18,16 +19,23 @@ __all__ = ["backward", "prepare"]
 _SUMS = 9
 
 
-@triton.jit(do_not_specialize=["T", "B"])
+#: Steps of a chunk at least, where a scan is cut into chunks for want of rows, and programs for each processor to be had so.
+_CHUNK, _PROGRAMS = 64, 4
+
+
+@triton.jit(do_not_specialize=["T", "B", "CHUNK", "CHUNKS"])
 def _backward(
-    gi, h0, mask, states, dstates, dlast, dgi, dh0, adjoint, sums, values, scale, bias, h_grid, state_grid, gates_grid, T, B,
+    gi, h0, mask, states, dstates, dlast, dgi, dh0, adjoint, sums, maps, values, scale, bias, h_grid, state_grid, gates_grid,
+    T, B, CHUNK, CHUNKS, ONLY_MAPS: tl.constexpr,
     H: tl.constexpr, SCALES: tl.constexpr, INTEGER: tl.constexpr, STATE_N: tl.constexpr, GATES_SHAPE: tl.constexpr,
     BLOCK: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr, EVEN_STEPS: tl.constexpr, REVERSE: tl.constexpr,
     PORTABLE: tl.constexpr,
 ):  # fmt: skip
-    """Program (c, b): channels of tile c of row b, from the last step of the scan to the first.
+    """Program (c, b, j): channels of tile c of row b, from the last step of chunk j of the scan to its first.
 
-    The gradient of the state is a linear recurrence, ``carry = (dstates + carry) * slope``; slopes need no carry.
+    The gradient of the state is a linear recurrence, ``carry = (dstates + carry) * slope``; slopes need no carry. So a chunk of
+    steps is a map, ``carry * a + o``, and all chunks can be computed at once, once the maps of those behind them are known:
+    ``maps`` ``[2, CHUNKS, B, H]``, None for a single chunk. ONLY_MAPS fills them, of all chunks but the first.
     """
     b = tl.program_id(1)
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -47,8 +55,13 @@ def _backward(
         gate_grids = load_gate_grids(gates_grid, tl.minimum(c, H - 1), GATES_SHAPE)
 
     row = tl.cast(B, tl.int64) * H
+    j = tl.program_id(2)
+    if ONLY_MAPS:
+        j += 1
+    begin = j * CHUNK
+    length = tl.minimum(T - begin, CHUNK)
     # Steps that round the number up to whole groups come first, where the carry is left as it is.
-    first = tl.cdiv(T, UNROLL) * UNROLL - 1
+    first = begin + tl.cdiv(length, UNROLL) * UNROLL - 1
     start = tl.cast(first, tl.int64)
     sign = 1
     if REVERSE:
@@ -56,13 +69,21 @@ def _backward(
         sign = -1
     step = row * sign
     initial = tl.load(h0 + b * H + c, mask=inside, other=0.0).to(tl.float32)
-    carry = tl.load(dlast + b * H + c, mask=inside, other=0.0).to(tl.float32)
+    carry = tl.zeros((BLOCK,), tl.float32)
+    factor = carry + 1.0
+    if not ONLY_MAPS:
+        carry = tl.load(dlast + b * H + c, mask=inside, other=0.0).to(tl.float32)
+        if maps is not None:
+            for behind in tl.range(0, count(CHUNKS - 1 - j), num_stages=STAGES):
+                map_p = maps + (CHUNKS - 1 - behind) * row + b * H + c
+                a = tl.load(map_p, mask=inside, other=0.0)
+                carry = carry * a + tl.load(map_p + CHUNKS * row, mask=inside, other=0.0)
     gi_p = gi + (start * row + b * H) * 3 + c
     dgi_p = dgi + (start * row + b * H) * 3 + c
     at = start * row + b * H + c
     dw_r = tl.zeros((BLOCK,), tl.float32)
     dw_z, dw_n, db_r, db_z, db_n, db_in = dw_r, dw_r, dw_r, dw_r, dw_r, dw_r
-    for i in tl.range(0, count(T), UNROLL, num_stages=STAGES):
+    for i in tl.range(0, count(length), UNROLL, num_stages=STAGES):
         loaded = ()
         for u in tl.static_range(UNROLL):
             s = first - i - u
@@ -120,41 +141,50 @@ def _backward(
                 slope = tl.where(runs, slope, 1.0)
             grad = loaded[5 * u + 4].to(tl.float32) + carry
             carry = grad * slope
-            da_r = grad * da_r
-            da_z = grad * da_z
-            da_n = grad * da_n
-            dh_n = grad * dh_n
-            p = dgi_p - u * step * 3
-            tl.store(p, da_r, mask=here)
-            tl.store(p + H, da_z, mask=here)
-            tl.store(p + 2 * H, da_n, mask=here)
-            if adjoint is not None:
-                tl.store(adjoint + (at - u * step), tl.where(runs, grad, 0.0), mask=here)
-            dw_r += da_r * x
-            dw_z += da_z * x
-            dw_n += dh_n * x
-            db_r += da_r
-            db_z += da_z
-            db_n += dh_n
-            db_in += da_n
+            if ONLY_MAPS:
+                factor = factor * slope
+            else:
+                da_r = grad * da_r
+                da_z = grad * da_z
+                da_n = grad * da_n
+                dh_n = grad * dh_n
+                p = dgi_p - u * step * 3
+                tl.store(p, da_r, mask=here)
+                tl.store(p + H, da_z, mask=here)
+                tl.store(p + 2 * H, da_n, mask=here)
+                if adjoint is not None:
+                    tl.store(adjoint + (at - u * step), tl.where(runs, grad, 0.0), mask=here)
+                dw_r += da_r * x
+                dw_z += da_z * x
+                dw_n += dh_n * x
+                db_r += da_r
+                db_z += da_z
+                db_n += dh_n
+                db_in += da_n
         gi_p -= UNROLL * step * 3
         dgi_p -= UNROLL * step * 3
         at -= UNROLL * step
-    tl.store(dh0 + b * H + c, carry, mask=inside)
-    # Of the factor's values, which a scale multiplies in the product.
-    unit = 1.0
-    if INTEGER:
-        unit = h_scale
-    sums_p = sums + b * H + c
-    tl.store(sums_p, dw_r * (unit * load_scale(scale, 0, c, inside, H, SCALES)), mask=inside)
-    tl.store(sums_p + row, dw_z * (unit * load_scale(scale, 1, c, inside, H, SCALES)), mask=inside)
-    tl.store(sums_p + 2 * row, dw_n * (unit * load_scale(scale, 2, c, inside, H, SCALES)), mask=inside)
-    tl.store(sums_p + 3 * row, db_r, mask=inside)
-    tl.store(sums_p + 4 * row, db_z, mask=inside)
-    tl.store(sums_p + 5 * row, db_n, mask=inside)
-    tl.store(sums_p + 6 * row, db_r, mask=inside)
-    tl.store(sums_p + 7 * row, db_z, mask=inside)
-    tl.store(sums_p + 8 * row, db_in, mask=inside)
+    if ONLY_MAPS:
+        map_p = maps + j * row + b * H + c
+        tl.store(map_p, factor, mask=inside)
+        tl.store(map_p + CHUNKS * row, carry, mask=inside)
+    else:
+        tl.store(dh0 + b * H + c, carry, mask=inside & (j == 0))
+        # Of the factor's values, which a scale multiplies in the product.
+        unit = 1.0
+        if INTEGER:
+            unit = h_scale
+        sums_p = sums + j * row + b * H + c
+        plane = CHUNKS * row
+        tl.store(sums_p, dw_r * (unit * load_scale(scale, 0, c, inside, H, SCALES)), mask=inside)
+        tl.store(sums_p + plane, dw_z * (unit * load_scale(scale, 1, c, inside, H, SCALES)), mask=inside)
+        tl.store(sums_p + 2 * plane, dw_n * (unit * load_scale(scale, 2, c, inside, H, SCALES)), mask=inside)
+        tl.store(sums_p + 3 * plane, db_r, mask=inside)
+        tl.store(sums_p + 4 * plane, db_z, mask=inside)
+        tl.store(sums_p + 5 * plane, db_n, mask=inside)
+        tl.store(sums_p + 6 * plane, db_r, mask=inside)
+        tl.store(sums_p + 7 * plane, db_z, mask=inside)
+        tl.store(sums_p + 8 * plane, db_in, mask=inside)
 
 
 def backward(
@@ -179,17 +209,23 @@ def backward(
     steps, rows, _, hidden = gi.shape
     dgi, dh0 = torch.empty_like(gi), torch.empty_like(h0)
     adjoint = torch.empty_like(states, dtype=torch.float32) if want_adjoint else None
-    sums = gi.new_empty((_SUMS, rows, hidden), dtype=torch.float32)
     constants = weights.tiling(64, unroll=4, stages=4, steps=steps, reverse=reverse, portable=portable)
-    KernelCall(
-        kernel=_backward,
-        grid=(cdiv(hidden, constants["BLOCK"]), rows, 1),
-        io=(gi, h0, mask, states, dstates, dlast, dgi, dh0, adjoint, sums),
-        static=(*weights.static, steps, rows),
-        constants=constants,
-        warps=1,
-        portable=portable,
-    ).run()
+    tiles = cdiv(hidden, constants["BLOCK"])
+    chunks = max(1, min(_PROGRAMS * device_facts(gi.device).processors // (tiles * rows), steps // _CHUNK))
+    chunk = cdiv(cdiv(steps, chunks), constants["UNROLL"]) * constants["UNROLL"]
+    chunks = cdiv(steps, chunk)
+    sums = gi.new_empty((_SUMS, chunks * rows, hidden), dtype=torch.float32)
+    maps = gi.new_empty((2, chunks, rows, hidden), dtype=torch.float32) if chunks > 1 else None
+    for only_maps in (True, False) if chunks > 1 else (False,):
+        KernelCall(
+            kernel=_backward,
+            grid=(tiles, rows, chunks - 1 if only_maps else chunks),
+            io=(gi, h0, mask, states, dstates, dlast, dgi, dh0, adjoint, sums, maps),
+            static=(*weights.static, steps, rows, chunk, chunks),
+            constants={"ONLY_MAPS": only_maps, **constants},
+            warps=1,
+            portable=portable,
+        ).run()
     dfirst, dbias, dbias_input = sums.sum(1).split(3)
     if not want_weights:
         dfirst = dbias = None
