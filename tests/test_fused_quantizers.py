@@ -12,6 +12,7 @@ from gruqat_hf.layers import GRULayer
 from gruqat_hf.quantization import FakeQuantize, QuantizerConfig, ScaleLayout, fused, register_observer
 from gruqat_hf.quantization.observers import EmaObserver
 from gruqat_hf.scan.spec import pack_grid
+from gruqat_hf.structures import StructureConfig, build_structure, butterfly
 
 _INFINITE = float("inf")
 
@@ -161,3 +162,23 @@ def test_a_training_step_is_that_of_pytorch(device, plain, structure, preset):
         assert torch.equal(parameter.grad, other.grad), name
     for (name, buffer), other in zip(found.named_buffers(), wanted.buffers()):
         assert torch.equal(buffer, other), name
+
+
+@pytest.mark.parametrize("size", [2, 4, 8, 32, 128])
+def test_butterflies_multiplied_out_at_once(device, monkeypatch, size):
+    """The same bits; gradients up to the order of their sums."""
+    skip_unless_kernels_run(device)
+    structure = build_structure(StructureConfig("butterfly"), size, size, device=device)
+    results = []
+    for ways in (list(butterfly.AT_ONCE), []):
+        monkeypatch.setattr(butterfly, "AT_ONCE", ways)
+        structure.zero_grad()
+        operand = structure()
+        first, second = operand.first.values, operand.second.values
+        assert ("MultiplyOut" in type(first.grad_fn).__name__) == (bool(ways) and size > 2)
+        generator = torch.Generator().manual_seed(1)
+        weights = [torch.randn(values.shape, generator=generator).to(device) for values in (first, second)]
+        (found,) = torch.autograd.grad((first * weights[0]).sum() + (second.square() * weights[1]).sum(), structure.twiddle)
+        results.append((first.detach(), second.detach(), found))
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+    torch.testing.assert_close(results[0][2], results[1][2], rtol=1e-5, atol=1e-6)

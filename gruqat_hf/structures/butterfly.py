@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import ClassVar
 
 from torch import Tensor
@@ -10,6 +11,10 @@ from torch import Tensor
 from ..operands import BlockDiagonalOperand, Factor, MonarchOperand, Operand
 from .base import Structure, require_square
 from .config import StructureConfig
+
+#: Ways to multiply a butterfly out at once, with the same bits: each gives :func:`multiply_out` of its argument, differentiable,
+#: or None where it does not serve. Filled by the backends of scans.
+AT_ONCE: list[Callable[[Tensor], tuple[Tensor, Tensor] | None]] = []
 
 
 class ButterflyStructure(Structure):
@@ -57,9 +62,8 @@ class ButterflyStructure(Structure):
         if self.config.factor_pairs > 1:
             return BlockDiagonalOperand(blocks=Factor(self._dense().unsqueeze(1)))
         twiddle = self.twiddle[:, 0]
-        inner = (self.stages + 1) // 2
-        first = _multiply_out(twiddle[:, :inner], self.in_features >> inner, 1)
-        second = _multiply_out(twiddle[:, inner:], 1, 1 << inner)
+        found = next((found for way in AT_ONCE if (found := way(twiddle)) is not None), None)
+        first, second = multiply_out(twiddle) if found is None else found
         return MonarchOperand(first=Factor(first), second=Factor(second))
 
     def _dense(self) -> Tensor:
@@ -72,6 +76,14 @@ class ButterflyStructure(Structure):
                 low, high = dense.view(self.gates, size // (2 * stride), 1, 2, stride, size).unbind(3)
                 dense = (twiddle[:, :, :, 0] * low + twiddle[:, :, :, 1] * high).reshape(self.gates, size, size)
         return dense
+
+
+def multiply_out(twiddle: Tensor) -> tuple[Tensor, Tensor]:
+    """``[gates, stages, size / 2, 2, 2]`` as the two block-diagonal factors ``[gates, blocks, width, width]``."""
+    stages = twiddle.shape[1]
+    inner = (stages + 1) // 2
+    first = _multiply_out(twiddle[:, :inner], 1 << (stages - inner), 1)
+    return first, _multiply_out(twiddle[:, inner:], 1, 1 << inner)
 
 
 def _multiply_out(twiddle: Tensor, groups: int, inner: int) -> Tensor:

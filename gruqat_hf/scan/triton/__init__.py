@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...operands import BlockDiagonalOperand, Factor, MonarchOperand
 from ...quantization.fused import KERNELS
+from ...structures.butterfly import AT_ONCE
 from ..dispatch import Backend, Plan, Run
 from ..inputs import LayerWeights, ScanInputs
 from .choice import choose
@@ -16,7 +17,7 @@ from .monarch import first_product
 from .ops import RECOMPUTE_VARIABLE, scan
 from .plan import prepare_plan
 from .precision import spec_of
-from .quantizers import TritonQuantizers
+from .quantizers import TritonQuantizers, serve
 from .training_product import dense_product
 
 __all__ = ["BACKEND", "RECOMPUTE_VARIABLE", "run_family"]
@@ -53,6 +54,15 @@ def _prepare(weights: LayerWeights, x: Tensor) -> Plan | str:
     return prepare_plan(weights, x)
 
 
+def _multiply_butterfly(twiddle: Tensor) -> tuple[Tensor, Tensor] | None:
+    if not serve(twiddle):
+        return None
+    from .butterfly import multiplied_out
+
+    return multiplied_out(twiddle)
+
+
 KERNELS.append(TritonQuantizers())
+AT_ONCE.append(_multiply_butterfly)
 
 BACKEND = Backend("triton", _select, prepare=_prepare, product=dense_product, first_product=first_product, sums_bias_input=True)

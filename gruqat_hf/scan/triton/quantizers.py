@@ -16,13 +16,18 @@ if TYPE_CHECKING:
     from ...quantization.observers import Observer
 
 
+def serve(value: Tensor) -> bool:
+    """Whether kernels outside of scans can read ``value`` now, and the environment forces no other backend."""
+    if value.numel() == 0 or needs_operators(value) or refuses_device(value.device) is not None:
+        return False
+    return os.environ.get(BACKEND_VARIABLE, "auto") in ("auto", "triton", "hopper")
+
+
 class TritonQuantizers:
-    """``QuantizerKernels`` on whatever runs the portable kernels, unless the environment forces the reference."""
+    """``QuantizerKernels`` on whatever runs the portable kernels."""
 
     def serve(self, value: Tensor) -> bool:
-        if value.numel() == 0 or needs_operators(value) or refuses_device(value.device) is not None:
-            return False
-        return os.environ.get(BACKEND_VARIABLE, "auto") in ("auto", "triton", "hopper")
+        return serve(value)
 
     def update_range(self, observer: Observer, value: Tensor, scale: Tensor, zero_point: Tensor | None, min_scale: float) -> None:
         from .quantizer_kernels import update_range

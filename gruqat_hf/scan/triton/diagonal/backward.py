@@ -19,8 +19,9 @@ __all__ = ["backward", "prepare"]
 _SUMS = 9
 
 
-#: Steps of a chunk at least, where a scan is cut into chunks for want of rows, and programs for each processor to be had so.
-_CHUNK, _PROGRAMS = 64, 4
+#: Steps of a chunk at least, where a scan is cut into chunks for want of rows, programs for each processor to be had so, and
+#: chunks that are worth doing much of the work twice.
+_CHUNK, _PROGRAMS, _FEWEST_CHUNKS = 64, 4, 3
 
 
 @triton.jit(do_not_specialize=["T", "B", "CHUNK", "CHUNKS"])
@@ -211,7 +212,8 @@ def backward(
     adjoint = torch.empty_like(states, dtype=torch.float32) if want_adjoint else None
     constants = weights.tiling(64, unroll=4, stages=4, steps=steps, reverse=reverse, portable=portable)
     tiles = cdiv(hidden, constants["BLOCK"])
-    chunks = max(1, min(_PROGRAMS * device_facts(gi.device).processors // (tiles * rows), steps // _CHUNK))
+    chunks = min(_PROGRAMS * device_facts(gi.device).processors // (tiles * rows), steps // _CHUNK)
+    chunks = chunks if chunks >= _FEWEST_CHUNKS else 1
     chunk = cdiv(cdiv(steps, chunks), constants["UNROLL"]) * constants["UNROLL"]
     chunks = cdiv(steps, chunk)
     sums = gi.new_empty((_SUMS, chunks * rows, hidden), dtype=torch.float32)
