@@ -1,7 +1,7 @@
 """The table and the figures of a GPU benchmark, from the JSON that scripts/benchmark.py gpu wrote.
 
-python scripts/plot_benchmarks.py                            # the newest benchmarks/gpu-*.json; prints the table
-python scripts/plot_benchmarks.py benchmarks/gpu-2026-01-01.json --out docs/images
+python scripts/plot_benchmarks.py                            # the newest benchmarks/gpu-*.json into docs/images; prints the table
+python scripts/plot_benchmarks.py benchmarks/gpu-2026-01-01.json --out outputs
 """
 
 from __future__ import annotations
@@ -118,23 +118,23 @@ def plot_speed(report: dict[str, Any], mode: str, path: Path) -> None:
     axes.set(yscale="log", ylabel="times faster than cuDNN tf32", title={"infer": "inference", "train": "train step"}[mode])
     axes.grid(axis="y", alpha=0.3)
     axes.legend(fontsize="small")
-    figure.savefig(path, dpi=130)
+    axes.set_title(f"{axes.get_title()} ({report['machine'].get('gpu')})")
+    figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("json", type=Path, nargs="?", help="default: the newest in benchmarks/")
-    parser.add_argument("--out", type=Path, help="folder of the figures; default: beside the JSON")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "images", help="folder of the figures; default: %(default)s")
     arguments = parser.parse_args()
     source = arguments.json or max((ROOT / "benchmarks").glob("gpu-*.json"), default=None)
     if source is None:
         parser.error("no benchmarks/gpu-*.json; run scripts/benchmark.py gpu first")
     report = json.loads(source.read_text(encoding="utf-8"))
-    out = arguments.out or source.parent
-    out.mkdir(parents=True, exist_ok=True)
+    arguments.out.mkdir(parents=True, exist_ok=True)
     for mode in ("infer", "train"):
-        plot_speed(report, mode, out / f"{source.stem}-{mode}.png")
+        plot_speed(report, mode, arguments.out / f"gpu-{mode}.png")
     print(table(report))
 
 
