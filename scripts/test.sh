@@ -17,6 +17,8 @@ fi
 
 cores="$("$VENV_PYTHON" -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')"
 workers="${GRUQAT_TEST_WORKERS:-$((cores > 8 ? 8 : cores))}"
+# As pip does with a package that it installs: imports are judged as users have them, also where PYTHONDONTWRITEBYTECODE is set.
+"$VENV_PYTHON" -m compileall -q gruqat_hf
 versions="$("$VENV_PYTHON" -c 'from importlib.metadata import version as v; print("torch", v("torch") + ", transformers", v("transformers"))')"
 echo "== pytest in $workers processes, $versions"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
