@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from compile_helpers import instead_of_launches
 from kernel_helpers import Case, Run
 
 from gruqat_hf.operands import DiagonalOperand, Factor
-from gruqat_hf.scan.triton import choice, device, family
+from gruqat_hf.scan.triton import choice, device
 from gruqat_hf.scan.triton.device import DeviceFacts
 
 pytestmark = pytest.mark.slow
@@ -33,27 +34,6 @@ CASES = {
 }
 
 
-def compile_for(call: family.KernelCall, target: object) -> object:
-    """What a launch would compile, without a GPU."""
-    import triton
-    from triton.compiler import ASTSource
-
-    types = {torch.float32: "*fp32", torch.float16: "*fp16", torch.int8: "*i8", torch.uint8: "*u8"}
-    types |= {torch.int32: "*i32", torch.int64: "*i64"}
-    signature, constants, attributes = {}, dict(call.constants), {}
-    for position, (name, value) in enumerate(zip(call.kernel.arg_names, (*call.io, *call.static, *call.constants.values()))):
-        if value is None or name in call.constants:
-            signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[name], attributes[(position,)] = types[value.dtype], [["tt.divisibility", 16]]
-        else:
-            signature[name] = "i32" if isinstance(value, int) else "fp32"
-    places = {(call.kernel.arg_names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(call.kernel, signature, places, attributes)
-    options = {"num_warps": call.warps, "enable_fp_fusion": not call.portable}
-    return triton.compile(source, target=target, options=options)
-
-
 @pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("gpu", GPUS)
@@ -66,12 +46,7 @@ def test_kernels_compile(monkeypatch, gpu, name, quantized):
     target, facts = GPUS[gpu]
     if (target[0] == "hip") != (torch.version.hip is not None):
         pytest.skip("a build of PyTorch for the other vendor's GPUs: test_amd makes this one pass for it")
-    compiled = []
-    monkeypatch.setattr(family.KernelCall, "run", lambda call: compiled.append(compile_for(call, GPUTarget(*target))))
-    for module in [*sys.modules.values()]:
-        if getattr(module, "__name__", "").startswith("gruqat_hf") and hasattr(module, "device_facts"):
-            monkeypatch.setattr(module, "device_facts", lambda _: facts)
-    monkeypatch.setattr(choice, "refuses_device", lambda _: None)
+    compiled = instead_of_launches(monkeypatch, GPUTarget(*target), facts)
     kind, case = CASES[name]
     inputs = replace(case, quantized=quantized).inputs("monarch" if kind == "monarch" else "dense", torch.device("cpu"))
     if kind == "diagonal":

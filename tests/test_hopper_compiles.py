@@ -1,0 +1,66 @@
+"""Hopper kernels compile where there is no Hopper GPU, and what they hold in registers stays there."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from compile_helpers import instead_of_launches, resources
+from kernel_helpers import Case, Run, matmul_precision
+
+from gruqat_hf.scan.hopper.device import refuses_version
+from gruqat_hf.scan.triton import device
+from gruqat_hf.scan.triton.choice import family_rules
+from gruqat_hf.scan.triton.device import DeviceFacts
+
+H200 = DeviceFacts(processors=132, shared_bytes=232448, capability=(9, 0))
+SLOW = pytest.mark.slow
+FAMILIES = {
+    "blocks of 64": ("block_diagonal", "dense", Case(4, 4, 8, 64)),
+    "blocks of 512": ("dense", "dense", Case(4, 4, 1, 512)),
+    "monarch of 8 blocks": ("monarch", "monarch", Case(4, 4, 8, 64)),
+    "butterfly of 512": ("monarch", "monarch", Case(4, 4, 16, 32, second=(32, 16), per_gate=True)),
+}
+MORE = {
+    **{f"blocks of {size}": ("block_diagonal", "dense", Case(4, 4, 4, size)) for size in (16, 40, 128)},
+    "many rows": ("block_diagonal", "dense", Case(4, 128, 8, 64)),
+    "blocks of 256": ("dense", "dense", Case(4, 4, 2, 256)),
+    "blocks of 1024": ("dense", "dense", Case(4, 4, 1, 1024)),
+    "monarch of 1024": ("monarch", "monarch", Case(4, 4, 8, 128)),
+    "monarch of 16 blocks": ("monarch", "monarch", Case(4, 4, 16, 32)),
+    "monarch of 4 blocks": ("monarch", "monarch", Case(4, 4, 4, 128)),
+}
+#: With a mask and fp16 tensors too.
+VARIANTS = [("plain", {}), pytest.param("masked", {"masked": True, "reverse": True}, marks=SLOW)]
+VARIANTS += [pytest.param("fp16", {"dtype": torch.float16}, marks=SLOW)]
+
+
+@pytest.mark.parametrize("variant, change", VARIANTS)
+@pytest.mark.parametrize("quantized", [False, True], ids=["float", "int8"])
+@pytest.mark.parametrize("name", [*FAMILIES, *(pytest.param(name, marks=SLOW) for name in MORE)])
+def test_nothing_spills(monkeypatch, name, quantized, variant, change):
+    pytest.importorskip("triton")
+    if device.INTERPRETED:
+        pytest.skip("compiles kernels, which the interpreter replaces")
+    if (reason := refuses_version()) is not None:
+        pytest.skip(f"{reason}: NOT TESTED here")
+    from triton.backends.compiler import GPUTarget
+
+    kind, operand, case = (FAMILIES | MORE)[name]
+    found = f"hopper_{kind}"
+    compiled = instead_of_launches(monkeypatch, GPUTarget("cuda", 90, 32), H200)
+    rules = family_rules(found)
+    if hasattr(rules, "refuses_clusters"):
+        monkeypatch.setattr(rules, "refuses_clusters", lambda size, index: None)
+    inputs = replace(case, quantized=quantized, **change).inputs(operand, torch.device("cpu"))
+    with matmul_precision("high"):
+        if (reason := rules.refuses(inputs, H200)) is not None:
+            assert name == "blocks of 1024" and not quantized, reason
+            pytest.skip(reason)
+        run = Run.of(found, inputs)
+        run.backward(torch.randn_like(run.states), torch.randn_like(run.h0), want_weights=True)
+        module = run.module("forward")
+        module.forward(module.prepare(run.spec), inputs.gi, run.h0, run._mask, inputs.reverse, run.states, None)
+    for call, kernel in compiled:
+        assert resources(kernel)["local"] == 0, call.kernel.__module__
