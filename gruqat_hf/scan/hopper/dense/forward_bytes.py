@@ -15,7 +15,7 @@ from ...triton.block_diagonal.weights import packed
 from ...triton.math import clamp, codes, gru_gates, in_range, load_grid
 from ..cluster import ClusterCall
 from ..exchange import area_of, area_shape, close_exchange, open_exchange, read_chunks, send_chunks, wait_for_round
-from ..gluon import commit_copies, copy_to_shared, gl, jit, mma_v2, wait_for_copies
+from ..gluon import gl, jit, mma_v2, wait_for_copies
 from ..layouts import copy_layout
 from . import STAGES
 from .byte_layouts import (
@@ -32,7 +32,7 @@ from .byte_layouts import (
     sum_memory,
     weight_memory,
 )
-from .tiles import load_gates, read_gate, store_gates
+from .tiles import fetch_inputs, lines_of_slot, load_gates, read_gate, store_gates
 from .weights import ByteWeights
 
 _ROWS = gl.constexpr(ROWS)
@@ -133,18 +133,13 @@ def _forward(
     if mask is not None:
         mask_p = mask + start * B + b
 
-    # A ring's slot is [4 * ROWS, CHANNELS]: r, z, n, and a quarter that no one reads. Warps read whole lines.
+    # Warps read whole lines of a ring's slot.
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     ring = gl.allocate_shared_memory(gi.dtype.element_ty, [STAGES, 4 * _ROWS, CHANNELS], PLAIN)
-    line = gl.arange(0, 4 * _ROWS, layout=gl.SliceLayout(1, COPY))
-    channel = part * CHANNELS + gl.arange(0, CHANNELS, layout=gl.SliceLayout(0, COPY))
-    line_b = first_row + line % _ROWS
-    copied = ((line < 3 * _ROWS) & (line_b < B))[:, None] & (channel < SIZE)[None, :]
-    copy_offset = (line_b * (3 * H) + line // _ROWS * H)[:, None] + (block * SIZE + channel)[None, :]
+    lines, present = lines_of_slot(ring, block, part, first_row, B, H, SIZE, COPY)
     gi_p = gi + start * row * 3
     for i in gl.static_range(STAGES - 1):
-        copy_to_shared(ring.index(i), gi_p + copy_offset, mask=copied & (i < T))
-        commit_copies()
+        fetch_inputs(ring, i, gi_p, lines, present, T)
         gi_p += step * 3
 
     sums_r = gl.allocate_shared_memory(gl.int32, [PARTS, CHANNELS, _ROWS], sum_memory())
@@ -203,8 +198,7 @@ def _forward(
                 new = gl.where((real != 0)[None, :], new, h)
             h = new
             _send(h, h_inv, h_low, h_high, own_state, area, to, PIECES * (1 - u), AREA, PROGRAMS)
-            copy_to_shared(ring.index((t + u + STAGES - 1) % STAGES), gi_p + copy_offset, mask=copied & (t + u + STAGES - 1 < T))
-            commit_copies()
+            fetch_inputs(ring, t + u + STAGES - 1, gi_p, lines, present, T)
             gi_p += step * 3
             gl.store(out_p + offset, h.to(states.dtype.element_ty), mask=here)
             out_p += step

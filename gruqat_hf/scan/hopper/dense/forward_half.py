@@ -14,11 +14,11 @@ from ...triton.block_diagonal.weights import packed
 from ...triton.math import codes, gru_gates, in_range, load_grid
 from ..cluster import ClusterCall
 from ..exchange import area_of, area_shape, close_exchange, open_exchange, read_chunks, send_chunks, wait_for_round
-from ..gluon import commit_copies, copy_to_shared, gl, jit, mma_v2, wait_for_copies
+from ..gluon import gl, jit, mma_v2, wait_for_copies
 from ..layouts import copy_layout, ring_memory
 from . import STAGES
 from .layouts import CHANNELS, ROWS, SPLITS, WARPS, product_layout, send_layout, sum_layout, sum_memory
-from .tiles import load_gates, read_gate, store_gates
+from .tiles import fetch_inputs, lines_of_slot, load_gates, read_gate, store_gates
 from .weights import HalfWeights
 
 _CHANNELS = gl.constexpr(CHANNELS)
@@ -117,17 +117,11 @@ def _forward(
     if mask is not None:
         mask_p = mask + start * B + b
 
-    # A ring's slot is [4 * ROWS, CHANNELS]: r, z, n, and a quarter that no one reads.
     ring = gl.allocate_shared_memory(gi.dtype.element_ty, [STAGES, 4 * _ROWS, _CHANNELS], ring_memory(_CHANNELS, 4, WIDTH))
-    line = gl.arange(0, 4 * _ROWS, layout=gl.SliceLayout(1, COPY))
-    channel = part * _CHANNELS + gl.arange(0, _CHANNELS, layout=gl.SliceLayout(0, COPY))
-    line_b = first_row + line % _ROWS
-    copied = ((line < 3 * _ROWS) & (line_b < B))[:, None] & (channel < SIZE)[None, :]
-    copy_offset = (line_b * (3 * H) + line // _ROWS * H)[:, None] + (block * SIZE + channel)[None, :]
+    lines, present = lines_of_slot(ring, block, part, first_row, B, H, SIZE, COPY)
     gi_p = gi + start * row * 3
     for i in gl.static_range(STAGES - 1):
-        copy_to_shared(ring.index(i), gi_p + copy_offset, mask=copied & (i < T))
-        commit_copies()
+        fetch_inputs(ring, i, gi_p, lines, present, T)
         gi_p += step * 3
 
     sums_r = gl.allocate_shared_memory(gl.float32, [_SPLITS, _CHANNELS, _ROWS], sum_memory())
@@ -179,8 +173,7 @@ def _forward(
             h = new
             x = codes(h, h_inv, h_low, h_high) if PORTABLE else h
             _send(x, own_state, area, to, 1 - u, AREA, PROGRAMS)
-            copy_to_shared(ring.index((t + u + STAGES - 1) % STAGES), gi_p + copy_offset, mask=copied & (t + u + STAGES - 1 < T))
-            commit_copies()
+            fetch_inputs(ring, t + u + STAGES - 1, gi_p, lines, present, T)
             gi_p += step * 3
             gl.store(out_p + offset, h.to(states.dtype.element_ty), mask=here)
             out_p += step
