@@ -7,15 +7,12 @@ from functools import partial
 from ..dispatch import Backend, Run
 from ..inputs import ScanInputs
 from .plan import prepare
+from .training import refuses, run
 
 __all__ = ["BACKEND"]
 
 
 def _select(inputs: ScanInputs) -> Run | str:
-    if inputs.gi.device.type != "cpu":
-        return f"the scan is on {inputs.gi.device.type}"
-    from .training import refuses, run  # registers operators with PyTorch, which takes a while
-
     reason = refuses(inputs)
     return partial(run, inputs) if reason is None else reason
 

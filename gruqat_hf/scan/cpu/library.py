@@ -7,6 +7,7 @@ import logging
 import os
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
@@ -197,7 +198,9 @@ def library() -> Library | str:
         with _lock:
             if _loaded is None:
                 try:
-                    _loaded = Library(*built_library())
+                    # An exporter makes this thread's tensors ones without data; another thread's can be checked with.
+                    with ThreadPoolExecutor(1) as apart:
+                        _loaded = apart.submit(lambda: Library(*built_library())).result()
                     logger.info("CPU kernels: %s", _loaded.level)
                 except BuildError as error:
                     _loaded = str(error)

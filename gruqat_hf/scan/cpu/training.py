@@ -138,7 +138,9 @@ def _unavailable() -> str | None:
 
 
 def refuses(inputs: ScanInputs) -> str | None:
-    """Why the kernels cannot run a scan on the CPU, or None if they can."""
+    """Why the kernels cannot run a scan, or None if they can."""
+    if inputs.gi.device.type != "cpu":
+        return f"the scan is on {inputs.gi.device.type}"
     if inputs.gi.dtype != torch.float32 or inputs.h0.dtype != torch.float32:
         return f"the scan is of {inputs.gi.dtype} and {inputs.h0.dtype}"
     if inputs.bias is not None and inputs.bias.dtype != torch.float32:

@@ -13,11 +13,12 @@ from torch import Tensor
 from ...operands import BlockDiagonalOperand, MonarchOperand
 from ..dispatch import Backend, Plan, Run
 from ..inputs import LayerWeights, ScanInputs
-from ..triton import dense_product, run_family
+from ..triton import run_family
 from ..triton.choice import choose, input_order, register
 from ..triton.device import DeviceFacts
 from ..triton.monarch import first_product
 from ..triton.plan import prepare_plan
+from ..triton.training_product import dense_product
 from . import block_diagonal, dense, monarch
 
 __all__ = ["BACKEND"]

@@ -7,23 +7,20 @@ from functools import partial
 
 from torch import Tensor
 
-from ...operands import BlockDiagonalOperand, Factor, MonarchOperand, Operand
-from ...quantization import Grid
+from ...operands import BlockDiagonalOperand, Factor, MonarchOperand
 from ...quantization.fused import KERNELS
 from ...structures.butterfly import AT_ONCE
 from ..dispatch import Backend, Plan, Run
 from ..inputs import LayerWeights, ScanInputs
 from .choice import choose
-from .device import refuses_device
-from .family import RECOMPUTE_VARIABLE
 from .monarch import first_product
+from .ops import RECOMPUTE_VARIABLE, scan
 from .plan import prepare_plan
 from .precision import spec_of
 from .quantizers import TritonQuantizers, serve
+from .training_product import dense_product
 
-__all__ = ["BACKEND", "RECOMPUTE_VARIABLE", "dense_product", "run_family"]
-
-# Modules that register operators with PyTorch, which takes a while, are imported where they are needed.
+__all__ = ["BACKEND", "RECOMPUTE_VARIABLE", "run_family"]
 
 
 def _choose(inputs: ScanInputs) -> tuple[ScanInputs, str | None, str]:
@@ -48,8 +45,6 @@ def _select(inputs: ScanInputs) -> Run | str:
 
 def run_family(inputs: ScanInputs, family: str) -> tuple[Tensor, Tensor]:
     """All states ``[T, B, H]`` and the last one ``[B, H]``, by the kernels of a family that does not refuse; differentiable."""
-    from .ops import scan
-
     if (state := inputs.grids.state) is not None:
         inputs = replace(inputs, h0=state.round_trip(inputs.h0))
     return scan(inputs, spec_of(inputs), family)
@@ -57,15 +52,6 @@ def run_family(inputs: ScanInputs, family: str) -> tuple[Tensor, Tensor]:
 
 def _prepare(weights: LayerWeights, x: Tensor) -> Plan | str:
     return prepare_plan(weights, x)
-
-
-def dense_product(operand: Operand, grid: Grid | None, bias: Tensor | None, rows: Tensor) -> Tensor | None:
-    """See :mod:`.training_product`; None where there is no device for it."""
-    if refuses_device(rows.device) is not None:
-        return None
-    from .training_product import dense_product
-
-    return dense_product(operand, grid, bias, rows)
 
 
 def _multiply_butterfly(twiddle: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -14,9 +14,6 @@ from torch import Tensor
 
 from .device import INTERPRETED
 
-#: "1" computes gates again in the backward pass instead of keeping ``4 * T * B * H`` values between the passes.
-RECOMPUTE_VARIABLE = "GRUQAT_RECOMPUTE_GATES"
-
 
 class ScanGradients(NamedTuple):
     """What a backward kernel leaves behind.

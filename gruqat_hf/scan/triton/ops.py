@@ -13,7 +13,10 @@ from .. import replay
 from ..inputs import ScanInputs, natural_order
 from ..spec import ScanSpec, SpecTensors, flatten, restore
 from .choice import family_rules, interleaved_programs
-from .family import RECOMPUTE_VARIABLE, ScanGradients, kernels, needs_operators
+from .family import ScanGradients, kernels, needs_operators
+
+#: "1" computes gates again in the backward pass instead of keeping ``4 * T * B * H`` values between the passes.
+RECOMPUTE_VARIABLE = "GRUQAT_RECOMPUTE_GATES"
 
 _SPEC = (
     "Tensor first, Tensor? first_scale, Tensor? second, Tensor? second_scale, Tensor? bias, "
