@@ -72,16 +72,17 @@ def split_matmul(a: Tensor, b: Tensor, largest_a: int, largest_b: int) -> Tensor
     reads ``b`` once."""
     high = torch.round(a * (1.0 / _BYTE))
     parts = torch.cat([high, a - high * _BYTE])
+    halves = 2, a.shape[0]
     largest_part = max((largest_a + _BYTE // 2) // _BYTE, _BYTE // 2)
     if a.shape[-1] * largest_part * largest_b < EXACT_LIMIT:
         # Both sums are exact, and so is the high one times 256: adding them rounds the exact result, once.
-        of_high, of_low = _product(parts, b).chunk(2)
+        of_high, of_low = _product(parts, b).unflatten(0, halves)
         return (of_high * _BYTE).add_(of_low)
     total = a.new_zeros(*a.shape[:-1], b.shape[-1], dtype=torch.float64)
     piece = max(1, (EXACT_LIMIT - 1) // (largest_part * largest_b))
     for start in range(0, a.shape[-1], piece):
         part = slice(start, start + piece)
-        of_high, of_low = _product(parts[:, part], b[part]).double().chunk(2)
+        of_high, of_low = _product(parts[:, part], b[part]).double().unflatten(0, halves)
         total += of_high * _BYTE + of_low
     return total.float()
 
