@@ -101,7 +101,8 @@ class GruQatModel(GruQatPreTrainedModel):
                 ``past_key_values`` it may reach back over earlier steps; the last T entries count.
             past_key_values: state to start from: a cache that an earlier call returned (it is brought up to date in place), or a
                 tensor ``[num_layers, B, hidden_size]``.
-            use_cache: whether to return the state; None for ``config.use_cache``, and False for a bidirectional model.
+            use_cache: whether to return the state; None for ``config.use_cache``, and False for a bidirectional model or under
+                ``torch.export``, whose programs return tensors and no caches.
             output_hidden_states: whether to return the outputs of every layer.
             embedding_table: the weight of a quantized embedding in its present state, where the caller has it already.
             return_dict: False for a tuple.
@@ -119,7 +120,7 @@ class GruQatModel(GruQatPreTrainedModel):
                 "read in parts; pass whole sequences, or use bidirectional=False"
             )
         if use_cache is None:
-            use_cache = config.use_cache and not config.bidirectional
+            use_cache = config.use_cache and not config.bidirectional and not torch.compiler.is_exporting()
         layers = config.num_hidden_layers * config.num_directions
         h0 = initial_state(past_key_values, (layers, batch, config.hidden_size), x.device)
         mask = _time_first_mask(attention_mask, batch, steps, past_key_values is not None)
