@@ -380,6 +380,8 @@ def test_half_precision_models_keep_their_scales_and_their_bits():
         (lambda: GRUStack(4, 4, 0), "num_layers"),
         (lambda: GRUStack(4, 4, dropout=1.0), r"dropout must lie in \[0, 1\)"),
         (lambda: GRULayer(4, 4)(torch.randn(2, 4)), r"shape \[T, B, 4\], got \[2, 4\]"),
+        (lambda: GRULayer(4, 4)(torch.randn(3, 2, 4).half()), r"x of torch.float16; pass x.to\(torch.float32\)"),
+        (lambda: GRULayer(4, 4, dtype=torch.float64)(torch.randn(3, 2, 4)), r"x of torch.float32; pass x.to\(torch.float64\)"),
         (lambda: GRULayer(4, 4)(torch.randn(0, 2, 4)), "at least one step"),
         (lambda: GRULayer(4, 4)(torch.randn(3, 2, 4), torch.randn(3, 4)), r"h0 of shape \[2, 4\]"),
         (lambda: GRULayer(4, 4)(torch.randn(3, 2, 4), mask=torch.ones(2, 3)), r"mask of shape \[3, 2\]"),

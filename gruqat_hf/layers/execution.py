@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..operands import BlockDiagonalOperand, Factor, MonarchOperand, Operand
+from ..operands import BlockDiagonalOperand, DiagonalOperand, Factor, MonarchOperand, Operand
 from ..quantization import FakeQuantize, FrozenGrid, Grid
 from ..scan import (
     BACKEND_VARIABLE,
@@ -245,10 +245,22 @@ class GRUExecution(nn.Module):
         mid = self.weight_input.mid
         mid_grid = None if mid is None else lambda value: grid_for(mid, value, real)
         operand = self._operand(self.weight_input)
+        self._check_type(x, operand)
         if order > 1:
             operand, bias = _in_order(operand, order), None if bias is None else exchange_order(bias, 1, order)
         product = run_product(operand, grid, mid_grid, bias, rows, self.backend)
         return product.unflatten(0, x.shape[:2])
+
+    def _check_type(self, x: Tensor, operand: Operand) -> None:
+        """Refuse an input that PyTorch would refuse to multiply with the weights, without saying which it was."""
+        if self._state != QuantState.FLOAT or isinstance(operand, DiagonalOperand) or torch.is_autocast_enabled(x.device.type):
+            return
+        wanted = next(iter(operand.factors.values())).values.dtype
+        if x.dtype != wanted:
+            raise ValueError(
+                f"{type(self).__name__} has weights of {wanted}, but got x of {x.dtype}; pass x.to({wanted}), use autocast, "
+                "or bring the weights to another type with .to(dtype)"
+            )
 
     def _observe(self, inputs: ScanInputs, states: Tensor) -> None:
         """Show the saved sequence to the observers of the points inside the scan."""
