@@ -1,12 +1,14 @@
-"""The choice of what runs a scan, as torch.compile meets it: traced, on the first call as on any other."""
+"""The choice of what runs a scan: forced for a model; as torch.compile meets it, traced, on the first call as on any other."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from kernel_helpers import matmul_precision
+from model_helpers import features, small_config, small_model
 from scan_helpers import build
 
+from gruqat_hf import GruQatForSequenceClassification
 from gruqat_hf.scan import dispatch
 from gruqat_hf.scan.hopper import cluster
 from gruqat_hf.scan.triton import device
@@ -52,3 +54,26 @@ def test_compilers_see_through_the_choice_on_a_hopper_gpu(monkeypatch, structure
     with matmul_precision("high"), pytest.raises(Exception, match="traced"):
         torch.compile(layer, fullgraph=True, backend=trace)(torch.randn(5, 3, 16))
     assert families == [family]
+
+
+@pytest.mark.hf
+class TestBackendOfAModel:
+    def test_a_config_forces_it_and_it_is_not_saved(self, tmp_path, monkeypatch):
+        monkeypatch.setenv(dispatch.BACKEND_VARIABLE, "triton")  # which the model's own comes before
+        model = small_model(backend="reference", bidirectional=True)
+        x = features()
+        wanted = model(inputs_embeds=x).logits
+        assert {layer.path for layer in model.report().layers} == {"reference (forced)"}
+        model.save_pretrained(tmp_path)
+        assert "backend" not in (tmp_path / "config.json").read_text()
+        assert GruQatForSequenceClassification.from_pretrained(tmp_path).config.backend is None
+        again = GruQatForSequenceClassification.from_pretrained(tmp_path, backend="reference")
+        assert torch.equal(again(inputs_embeds=x).logits, wanted)
+
+    def test_one_that_cannot_run_raises(self):
+        with pytest.raises(RuntimeError, match="'hopper' was forced, but cannot run this scan: hopper: no GPU kernel"):
+            small_model(backend="hopper")(inputs_embeds=features())
+
+    def test_one_that_does_not_exist_is_refused(self):
+        with pytest.raises(ValueError, match=r"GruQatConfig.backend: backend 'cuda' does not exist; choose one of auto, hopper"):
+            small_config(backend="cuda")

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import PreTrainedConfig
 
+from ..scan import check_backend
 from ..sharing.shim import auto_map, write_shim
 from ..structures import StructureConfig, structure_class
 
@@ -45,6 +46,8 @@ class GruQatConfig(PreTrainedConfig):
         prediction_length: number of steps that a time-series model forecasts.
         forecast_loss: loss of a time-series model: "mse" or "l1".
         pad_token_id, bos_token_id, eos_token_id: special tokens; the padding token's embedding stays zero.
+        backend: name of the scan backend to force, as ``GRUQAT_BACKEND`` does for all models, or None. Of this process: it is
+            neither saved nor in :meth:`to_dict`.
 
     Raises:
         ValueError: a value that no model can have.
@@ -70,6 +73,7 @@ class GruQatConfig(PreTrainedConfig):
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
+    backend: str | None = None
 
     def __setattr__(self, key: str, value: Any) -> None:
         if key in _STRUCTURES:
@@ -104,6 +108,12 @@ class GruQatConfig(PreTrainedConfig):
         if cls is not GruQatConfig:
             super().register_for_auto_class(auto_class)
 
+    def to_dict(self) -> dict[str, Any]:
+        """As transformers', without what belongs to a process and not to a model."""
+        fields = super().to_dict()
+        fields.pop("backend", None)
+        return fields
+
     @property
     def hidden_structure(self) -> StructureConfig:
         """Structure of the hidden weights."""
@@ -137,6 +147,10 @@ class GruQatConfig(PreTrainedConfig):
             _check_probability("classifier_dropout", self.classifier_dropout)
         if not self.id2label:
             raise ValueError("GruQatConfig.id2label is empty; give num_labels of at least 1, or a label for each class")
+        try:
+            check_backend(self.backend)
+        except ValueError as error:
+            raise ValueError(f"GruQatConfig.backend: {error}") from error
         self._check_structures()
         self._check_tokens()
         quantization = getattr(self, "quantization_config", None)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast, SequenceClassifierOutputWithPast
 from transformers.utils import can_return_tuple
 
-from ..layers import GRUStack
+from ..layers import GRULayer, GRUStack
 from ..layers.lifecycle import LifecycleError
 from ..operands import Factor
 from .cache import GruQatCache, initial_state
@@ -58,6 +58,9 @@ class GruQatModel(GruQatPreTrainedModel):
             structure_input=config.input_structure,
             structure_hidden=config.hidden_structure,
         )
+        for layer in self.stack.modules():
+            if isinstance(layer, GRULayer):
+                layer.backend = config.backend
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding | None:

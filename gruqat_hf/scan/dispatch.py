@@ -67,6 +67,16 @@ BACKENDS: list[Backend] = [Backend("reference", lambda inputs: partial(scan_refe
 _logged: set[str] = set()
 
 
+def check_backend(name: str | None) -> None:
+    """Refuse a name that nothing can be forced by.
+
+    Raises:
+        ValueError: a name that no backend has.
+    """
+    if name not in (None, "auto", *(backend.name for backend in BACKENDS)):
+        raise ValueError(f"backend {name!r} does not exist; choose one of auto, {', '.join(b.name for b in BACKENDS)}")
+
+
 def _candidates(forced: str | None) -> tuple[list[Backend], bool]:
     """The backends to try, in order, and whether one was forced.
 
@@ -76,10 +86,8 @@ def _candidates(forced: str | None) -> tuple[list[Backend], bool]:
     wanted = forced if forced not in (None, "auto") else os.environ.get(BACKEND_VARIABLE, "auto")
     if wanted == "auto":
         return BACKENDS, False
-    chosen = [backend for backend in BACKENDS if backend.name == wanted]
-    if not chosen:
-        raise ValueError(f"backend {wanted!r} does not exist; choose one of auto, {', '.join(b.name for b in BACKENDS)}")
-    return chosen, True
+    check_backend(wanted)
+    return [backend for backend in BACKENDS if backend.name == wanted], True
 
 
 def _told(reasons: list[tuple[str, str]]) -> str:
