@@ -71,7 +71,7 @@ class TestBackendOfAModel:
         assert torch.equal(again(inputs_embeds=x).logits, wanted)
 
     def test_one_that_cannot_run_raises(self):
-        with pytest.raises(RuntimeError, match="'hopper' was forced, but cannot run this scan: hopper: no GPU kernel"):
+        with pytest.raises(RuntimeError, match="'hopper' was forced, but cannot run this scan: hopper: "):
             small_model(backend="hopper")(inputs_embeds=features())
 
     def test_one_that_does_not_exist_is_refused(self):
