@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -403,3 +404,11 @@ def test_print_tells_bits_and_scales():
     assert "qat, recipe=int8_state16" in repr(layer) and "nothing observed yet" in repr(layer)
     layer.calibrate([torch.randn(5, 2, 4)], progress=False).freeze()
     assert "first: 8-bit codes" in repr(layer) and "16 bits, per tensor, symmetric, fixed, scale 3.052e-05, frozen" in repr(layer)
+
+
+def test_a_compiled_layer_is_copied_and_pickled_without_what_was_compiled():
+    layer, x = GRULayer(4, 8), torch.randn(3, 2, 4)
+    layer.compile(backend="eager")
+    wanted = layer(x)[0]
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.allclose(other(x)[0], wanted, atol=1e-6)

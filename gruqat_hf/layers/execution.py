@@ -71,7 +71,7 @@ class GRUExecution(nn.Module):
 
     def __getstate__(self) -> dict[str, object]:
         # A plan belongs to this object's tensors; a copy or a pickle makes its own.
-        return {**self.__dict__, "_cached_plan": None}
+        return {**super().__getstate__(), "_cached_plan": None}
 
     def _layer_weights(self) -> LayerWeights:
         """Weights and grids as they stand; only where :attr:`_is_static`."""

@@ -148,11 +148,11 @@ class FakeQuantize(KeepsFloat32, nn.Module):
         """Whether the coming forward pass must show this quantizer its value."""
         return self.is_observing or self.meter is not None
 
-    @torch.no_grad()
     def measure(self, value: Tensor) -> None:
         """If there is a meter and a scale, count the values ``[..., *layout.shape]`` that the present grid clips."""
         if self.meter is not None and self.is_calibrated:
-            self.meter.add(self._expanded(self.grid(value)).clips(value))
+            with torch.no_grad():
+                self.meter.add(self._expanded(self.grid(value)).clips(value))
 
     def _expanded(self, grid: Grid) -> Grid:
         return Grid(grid.scale, self.layout.expand(grid.inv_scale), grid.low, grid.high, grid.magnitude)
@@ -163,11 +163,14 @@ class FakeQuantize(KeepsFloat32, nn.Module):
         self.observe(value)
         self.calibrating = calibrating
 
-    @torch.no_grad()
     def observe(self, value: Tensor) -> None:
         """If this quantizer is observing, take ``value`` ``[..., *layout.shape]`` into the range and set the scale from it."""
         if not self.is_observing:
             return
+        with torch.no_grad():  # here, so that an exported program of one that does not observe has no such region
+            self._observe(value)
+
+    def _observe(self, value: Tensor) -> None:
         if not fused.update_range(self, value):
             self.observer.update(value)
             self._set_scale()

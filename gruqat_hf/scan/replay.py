@@ -114,7 +114,8 @@ def replay_product(
         dbias_input: the sums of ``dgi`` over steps and rows, ``[3, H]``, where they are known.
     """
     (factor,) = spec.operand.factors.values()
-    dtype, grid = factor.values.dtype, spec.grids.h
+    grid = spec.grids.h
+    dtype = factor.values.dtype if factor.values.is_floating_point() else torch.float32  # frozen: the bias alone trains
     integer = is_integer(factor, grid)
     dgi, dgh_n = dgi[:, :, :2].to(dtype), dgh_n.unsqueeze(2).to(dtype)
     # The state before a step: the step's before it, or h0.
@@ -148,6 +149,7 @@ def _outer_products(d: Tensor, h: Tensor, factor: Factor) -> Tensor:
 
 def column_sums(rows: Tensor) -> Tensor:
     """``rows.sum(0)`` in fp32 or better; of fp32 as a product with ones, which reads memory faster than the sum does."""
-    if rows.dtype != torch.float32:
+    # Autocast, under which a backward pass may run, would take the product in half precision.
+    if rows.dtype != torch.float32 or torch.is_autocast_enabled(rows.device.type):
         return rows.sum(0, dtype=torch.promote_types(rows.dtype, torch.float32))
     return torch.mv(rows.t(), rows.new_ones(rows.shape[0]))

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..device import device_facts
 from ..exchange_plan import cdiv
 from ..family import KernelCall, ScanGradients
-from ..math import codes, count, gru_gates, gru_gradients, in_range, load_gate_grids, load_grid
+from ..math import clamp, codes, count, gru_gates, gru_gradients, in_range, load_gate_grids, load_grid
 from .weights import DiagonalWeights, hidden_product, load_gate, load_scale, load_values, prepare
 
 __all__ = ["backward", "prepare"]
@@ -143,7 +143,7 @@ def _backward(
             grad = loaded[5 * u + 4].to(tl.float32) + carry
             carry = grad * slope
             if ONLY_MAPS:
-                factor = factor * slope
+                factor = clamp(factor * slope, -3e38, 3e38)  # an infinite one would make NaN of a carry of 0
             else:
                 da_r = grad * da_r
                 da_z = grad * da_z
