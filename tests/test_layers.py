@@ -406,6 +406,23 @@ def test_print_tells_bits_and_scales():
     assert "first: 8-bit codes" in repr(layer) and "16 bits, per tensor, symmetric, fixed, scale 3.052e-05, frozen" in repr(layer)
 
 
+@pytest.mark.parametrize("structure_input", ["dense", "diagonal"])
+@pytest.mark.parametrize("state", ["float", "qat", "frozen"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64])
+def test_inputs_that_are_no_floats_are_refused(dtype, state, structure_input):
+    """Outputs come in the type of x: they would all be 0."""
+    layer = GRULayer(4, 4, structure_input=structure_input)
+    cell = GRUCell(4, 4, structure_input=structure_input)
+    for module, x in ((layer, torch.randn(3, 2, 4)), (cell, torch.randn(2, 4))):
+        if state != "float":
+            module.prepare_qat(PRESETS["int8_state16"]).calibrate([x], progress=False)
+        if state == "frozen":
+            module.freeze()
+        for mode in (torch.no_grad, torch.enable_grad):
+            with mode(), pytest.raises(ValueError, match=rf"takes floating-point x, got {dtype}; pass x.float\(\)"):
+                module(torch.ones_like(x, dtype=dtype))
+
+
 def test_a_compiled_layer_is_copied_and_pickled_without_what_was_compiled():
     layer, x = GRULayer(4, 8), torch.randn(3, 2, 4)
     layer.compile(backend="eager")

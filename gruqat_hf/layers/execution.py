@@ -159,7 +159,13 @@ class GRUExecution(nn.Module):
             self.last_path = path
 
     def _run(self, x: Tensor, h0: Tensor | None, mask: Tensor | None, reverse: bool) -> tuple[Tensor, Tensor]:
-        """All states ``[T, B, H]`` and the last one ``[B, H]``, in fp32 where quantized."""
+        """All states ``[T, B, H]`` and the last one ``[B, H]``, in fp32 where quantized.
+
+        Raises:
+            ValueError: x is of a type that is no float, or, in float, of another one than the weights.
+        """
+        if not x.is_floating_point():  # outputs come in the type of x, where a state would be cut to 0
+            raise ValueError(f"{type(self).__name__} takes floating-point x, got {x.dtype}; pass x.float()")
         if self._state == QuantState.FLOAT:
             return self._scan(x, h0, mask, reverse)
         x, h0 = x.float(), None if h0 is None else h0.float()
@@ -258,8 +264,8 @@ class GRUExecution(nn.Module):
         wanted = next(iter(operand.factors.values())).values.dtype
         if x.dtype != wanted:
             raise ValueError(
-                f"{type(self).__name__} has weights of {wanted}, but got x of {x.dtype}; pass x.to({wanted}), use autocast, "
-                "or bring the weights to another type with .to(dtype)"
+                f"{type(self).__name__} has weights of {wanted}, but got x of {x.dtype}; pass x.to({wanted}), or "
+                "bring the weights to another type with .to(dtype)"
             )
 
     def _observe(self, inputs: ScanInputs, states: Tensor) -> None:
