@@ -58,7 +58,7 @@ def instead_of_launches(monkeypatch: pytest.MonkeyPatch, target: Any, facts: Dev
 
 
 def resources(compiled: Any) -> dict[str, int]:
-    """Registers of a thread, and bytes of its stack and local memory, where what is spilled goes, as NVIDIA's tool says."""
+    """Registers of a thread, bytes of its stack, where what is spilled goes, and of local memory, as NVIDIA's tool says."""
     import triton
 
     tool = Path(inspect.getfile(triton)).parent / "backends" / "nvidia" / "bin" / "cuobjdump"

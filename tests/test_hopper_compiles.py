@@ -26,28 +26,35 @@ MORE = {
     **{f"blocks of {size}": ("block_diagonal", "dense", Case(4, 4, 4, size)) for size in (16, 40, 128)},
     "many rows": ("block_diagonal", "dense", Case(4, 128, 8, 64)),
     "blocks of 256": ("dense", "dense", Case(4, 4, 2, 256)),
-    "blocks of 1024": ("dense", "dense", Case(4, 4, 1, 1024)),
     "monarch of 1024": ("monarch", "monarch", Case(4, 4, 8, 128)),
     "monarch of 16 blocks": ("monarch", "monarch", Case(4, 4, 16, 32)),
     "monarch of 4 blocks": ("monarch", "monarch", Case(4, 4, 4, 128)),
 }
+#: Of 8-bit codes alone; the backward scan is the portable one.
+CODES = {"blocks of 1024": ("dense", "dense", Case(4, 4, 1, 1024))}
+#: A backward kernel that has not enough registers; what is known of it is in docs/kernels.md.
+SPILLS = {"large blocks, many rows": ("block_diagonal", "dense", Case(4, 512, 4, 128))}
+RUNS = [(name, quantized) for name in FAMILIES for quantized in (False, True)]
+RUNS += [pytest.param(name, quantized, marks=SLOW) for name in MORE for quantized in (False, True)]
+RUNS += [pytest.param(name, True, marks=SLOW) for name in CODES]
+SPILL = pytest.mark.xfail(strict=True, reason="ptxas spills 12 bytes in float, 32 in int8", raises=AssertionError)
+RUNS += [pytest.param(name, quantized, marks=[SLOW, SPILL]) for name in SPILLS for quantized in (False, True)]
 #: With a mask and fp16 tensors too.
 VARIANTS = [("plain", {}), pytest.param("masked", {"masked": True, "reverse": True}, marks=SLOW)]
 VARIANTS += [pytest.param("fp16", {"dtype": torch.float16}, marks=SLOW)]
 
 
 @pytest.mark.parametrize("variant, change", VARIANTS)
-@pytest.mark.parametrize("quantized", [False, True], ids=["float", "int8"])
-@pytest.mark.parametrize("name", [*FAMILIES, *(pytest.param(name, marks=SLOW) for name in MORE)])
+@pytest.mark.parametrize("name, quantized", RUNS)
 def test_nothing_spills(monkeypatch, name, quantized, variant, change):
     pytest.importorskip("triton")
     if device.INTERPRETED:
-        pytest.skip("compiles kernels, which the interpreter replaces")
-    if (reason := refuses_version()) is not None:
-        pytest.skip(f"{reason}: NOT TESTED here")
+        pytest.skip("compiles kernels, which the interpreter replaces; unset TRITON_INTERPRET: NOT TESTED here")
+    if (old := refuses_version()) is not None:
+        pytest.skip(f"{old}: NOT TESTED here")
     from triton.backends.compiler import GPUTarget
 
-    kind, operand, case = (FAMILIES | MORE)[name]
+    kind, operand, case = (FAMILIES | MORE | CODES | SPILLS)[name]
     found = f"hopper_{kind}"
     compiled = instead_of_launches(monkeypatch, GPUTarget("cuda", 90, 32), H200)
     rules = family_rules(found)
@@ -55,12 +62,12 @@ def test_nothing_spills(monkeypatch, name, quantized, variant, change):
         monkeypatch.setattr(rules, "refuses_clusters", lambda size, index: None)
     inputs = replace(case, quantized=quantized, **change).inputs(operand, torch.device("cpu"))
     with matmul_precision("high"):
-        if (reason := rules.refuses(inputs, H200)) is not None:
-            assert name == "blocks of 1024" and not quantized, reason
-            pytest.skip(reason)
+        reason = rules.refuses(inputs, H200)
+        assert reason is None, reason
         run = Run.of(found, inputs)
         run.backward(torch.randn_like(run.states), torch.randn_like(run.h0), want_weights=True)
         module = run.module("forward")
         module.forward(module.prepare(run.spec), inputs.gi, run.h0, run._mask, inputs.reverse, run.states, None)
-    for call, kernel in compiled:
-        assert resources(kernel)["local"] == 0, call.kernel.__module__
+    hopper = [(call.kernel.__module__, resources(kernel)) for call, kernel in compiled if ".hopper." in call.kernel.__module__]
+    assert hopper
+    assert [(name, used) for name, used in hopper if used["stack"] or used["local"]] == []
