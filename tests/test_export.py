@@ -1,4 +1,5 @@
-"""torch.export as the first thing that a process does; the program runs in another one that has imported gruqat_hf alone."""
+"""torch.export as the first thing that a process does, its program in another one; tracers without gradients, where plans
+prepared from the weights read memory by its address."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import pytest
 import torch
 from model_helpers import features, in_state, run_python, small_model
 
-from gruqat_hf import GRULayer
+from gruqat_hf import PRESETS, GRULayer
 
 EXPORT = """
     import sys
@@ -66,3 +67,39 @@ def test_a_cache_is_given_outside_of_an_export_alone():
     assert model(inputs_embeds=x).past_key_values is not None
     with pytest.raises(Exception, match="GruQatCache"):
         torch.export.export(model, (), {"inputs_embeds": x, "use_cache": True})
+
+
+def _fake(layer, x):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert layer(mode.from_tensor(x))[0].shape == (*x.shape[:2], layer.hidden_size)
+    return layer
+
+
+def _make_fx(layer, x):
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    return make_fx(layer)(x)
+
+
+def _vmap(layer, x):
+    return lambda x: [result[0] for result in torch.func.vmap(layer)(x[None])]
+
+
+TRACERS = {"jit": lambda layer, x: torch.jit.trace(layer, x, check_trace=False), "make_fx": _make_fx, "fake": _fake}
+
+
+@pytest.mark.parametrize(
+    "trace, recipe",
+    [*((trace, recipe) for trace in TRACERS.values() for recipe in (None, "int8_state16")), (_vmap, None)],
+    ids=[*(f"{name}-{state}" for name in TRACERS for state in ("float", "frozen")), "vmap-float"],
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_tracers_without_gradients(trace, recipe):
+    layer = GRULayer(6, 16)
+    if recipe is not None:
+        layer.prepare_qat(PRESETS[recipe]).calibrate([torch.randn(5, 2, 6)], progress=False).freeze()
+    x, other = torch.randn(5, 2, 6), torch.randn(5, 2, 6)
+    with torch.no_grad():
+        assert torch.allclose(trace(layer, x)(other)[0], layer(other)[0], atol=1e-6)

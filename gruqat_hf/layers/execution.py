@@ -123,7 +123,7 @@ class GRUExecution(nn.Module):
 
     def _plan(self, x: Tensor) -> Plan | None:
         """The prepared inference of the chosen backend, or None where it has none; kept until a weight changes."""
-        if torch.compiler.is_compiling() or x.device.type == "meta":
+        if torch.compiler.is_compiling() or not _is_plain(x):
             return None
         if torch.is_grad_enabled():
             # A training step may follow, and fused optimizers change weights without counting a version.
@@ -294,6 +294,17 @@ def with_idle_scales(module: nn.Module, value: Tensor) -> Tensor:
                 for scale in quantizer.parameters(recurse=False):
                     value = value + 0.0 * scale.sum()
     return value
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether kernels may be given the address of ``x``: its values lie there, and no tracer or transform watches it."""
+    return (
+        type(x) in (Tensor, nn.Parameter)
+        and x.device.type != "meta"
+        and not torch.jit.is_tracing()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
 
 
 def _in_order(operand: Operand, programs: int) -> Operand:
