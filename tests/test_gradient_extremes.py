@@ -1,0 +1,56 @@
+"""Gradients where numbers get large, small or are of another type than usual."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_helpers import Case, distance
+
+from gruqat_hf.operands import DiagonalOperand, Factor
+from gruqat_hf.scan import ScanInputs, run_scan
+from gruqat_hf.scan.replay import column_sums, replay_product
+from gruqat_hf.scan.spec import SpecTensors
+from gruqat_hf.scan.triton.device import INTERPRETED
+from gruqat_hf.scan.triton.precision import spec_of
+
+KERNELS = "triton" if INTERPRETED else "cpu"
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("read", [slice(0, 16), slice(-1, None)])
+def test_slopes_whose_product_overflows(read, reverse):
+    """A state that is exactly 0 for long under a large weight, then saturated: chunks of steps multiply slopes beyond fp32."""
+    steps, hidden = 320, 8
+    gi = torch.zeros(steps, 1, 3, hidden)
+    gi[200:, :, 1], gi[200:, :, 2] = -60.0, 60.0
+    gi = gi.flip(0) if reverse else gi
+    found = []
+    for backend in ("reference", KERNELS):
+        values = torch.zeros(3, hidden)
+        values[2] = 12.0
+        leaves = [t.clone().requires_grad_() for t in (gi, torch.zeros(1, hidden), values, torch.zeros(3, hidden))]
+        operand = DiagonalOperand(Factor(leaves[2]))
+        states, *_ = run_scan(ScanInputs(leaves[0], leaves[1], operand, leaves[3], reverse=reverse), backend)
+        last = states.flip(0) if reverse else states
+        found.append(torch.autograd.grad((last[read] * torch.arange(1, hidden + 1)).sum(), leaves))
+    for wanted, gradient in zip(*found):
+        assert wanted.isfinite().all() and distance(gradient, wanted) <= 1e-5
+
+
+def test_codes_do_not_round_the_gradient_of_the_bias():
+    """Of a frozen layer, whose biases still learn; in kernels of large blocks, which leave that to a product over all rows."""
+    inputs = Case(4, 3, 1, 8, quantized=True).inputs("dense", torch.device("cpu"))
+    wanted = SpecTensors(*(False,) * len(SpecTensors._fields))._replace(bias=True)
+    dgi, dgh_n = torch.randn(4, 3, 3, 8) * 0.1, torch.randn(4, 3, 8) * 0.1
+    found = replay_product(spec_of(inputs), wanted, inputs.h0, torch.rand(4, 3, 8), False, dgi, dgh_n).bias
+    assert distance(found, torch.cat([dgi[:, :, :2], dgh_n[:, :, None]], dim=2).sum((0, 1))) <= 1e-6
+
+
+def test_sums_of_gradients_stay_fp32_under_autocast(monkeypatch):
+    """A backward pass may run under the caller's. CPU autocast takes no part in this; of a GPU the types alone are asked."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # or autocast switches itself off
+    with FakeTensorMode(), torch.autocast("cuda", torch.float16):
+        rows = torch.empty(4, 3, device="cuda")
+        assert (rows @ rows.t()).dtype == torch.float16 and column_sums(rows).dtype == torch.float32
