@@ -37,7 +37,9 @@ SPILLS = {"large blocks, many rows": ("block_diagonal", "dense", Case(4, 512, 4,
 RUNS = [(name, quantized) for name in FAMILIES for quantized in (False, True)]
 RUNS += [pytest.param(name, quantized, marks=SLOW) for name in MORE for quantized in (False, True)]
 RUNS += [pytest.param(name, True, marks=SLOW) for name in CODES]
-SPILL = pytest.mark.xfail(strict=True, reason="ptxas spills 12 bytes in float, 32 in int8", raises=AssertionError)
+SPILL = pytest.mark.xfail(
+    strict=False, reason="ptxas spills 12 bytes in float, 32 in int8; not all of it with Triton 3.8", raises=AssertionError
+)
 RUNS += [pytest.param(name, quantized, marks=[SLOW, SPILL]) for name in SPILLS for quantized in (False, True)]
 #: With a mask and fp16 tensors too.
 VARIANTS = [("plain", {}), pytest.param("masked", {"masked": True, "reverse": True}, marks=SLOW)]
