@@ -22,6 +22,9 @@ _FAMILIES: dict[str, ModuleType] = {
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
+#: Rows of a batch at most, where channels of a row are not scanned by themselves: programs of 4 rows, along an axis of a grid.
+_MOST_ROWS = 4 * 65535
+
 
 def register(name: str, rules: ModuleType) -> None:
     """Add a family of another tier to those that operators can run."""
@@ -55,6 +58,18 @@ def refuses_product(inputs: ScanInputs) -> str | None:
     return None
 
 
+def refuses_shape(inputs: ScanInputs) -> str | None:
+    """Why a batch is too large or too small for kernels, or None."""
+    rows, gates, hidden = inputs.gi.shape[1:]
+    if inputs.gi.numel() == 0:
+        return "there are no rows"
+    if rows > _MOST_ROWS and not isinstance(inputs.operand, DiagonalOperand):
+        return f"a batch may have {_MOST_ROWS} rows at most, and has {rows}"
+    if rows * gates * hidden >= 1 << 31:  # which is how far kernels count inside a step
+        return f"a step of {rows} rows, {gates} gates and {hidden} channels has 2**31 values or more"
+    return None
+
+
 def candidates(inputs: ScanInputs, facts: DeviceFacts) -> tuple[str, ...]:
     """The families that take an operand, best first.
 
@@ -83,10 +98,8 @@ def choose(inputs: ScanInputs, candidates: Candidates = candidates) -> tuple[str
     Args:
         candidates: of a tier; the portable one's unless given.
     """
-    if (reason := refuses_device(inputs.gi.device) or refuses_product(inputs)) is not None:
+    if (reason := refuses_device(inputs.gi.device) or refuses_product(inputs) or refuses_shape(inputs)) is not None:
         return None, reason
-    if inputs.gi.numel() == 0:
-        return None, "there are no rows"
     facts = device_facts(inputs.gi.device)
     reasons = []
     for name in candidates(inputs, facts):

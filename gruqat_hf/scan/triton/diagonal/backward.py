@@ -38,8 +38,9 @@ def _backward(
     steps is a map, ``carry * a + o``, and all chunks can be computed at once, once the maps of those behind them are known:
     ``maps`` ``[2, CHUNKS, B, H]``, None for a single chunk. ONLY_MAPS fills them, of all chunks but the first.
     """
-    b = tl.program_id(1)
-    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tiles: tl.constexpr = (H + BLOCK - 1) // BLOCK
+    b = tl.program_id(0) // tiles
+    c = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
     inside = c < H
     w_r = load_gate(values, scale, bias, h_grid, 0, c, inside, H, SCALES, INTEGER, PORTABLE)
     w_z = load_gate(values, scale, bias, h_grid, 1, c, inside, H, SCALES, INTEGER, PORTABLE)
@@ -56,7 +57,7 @@ def _backward(
         gate_grids = load_gate_grids(gates_grid, tl.minimum(c, H - 1), GATES_SHAPE)
 
     row = tl.cast(B, tl.int64) * H
-    j = tl.program_id(2)
+    j = tl.program_id(1)
     if ONLY_MAPS:
         j += 1
     begin = j * CHUNK
@@ -221,7 +222,7 @@ def backward(
     for only_maps in (True, False) if chunks > 1 else (False,):
         KernelCall(
             kernel=_backward,
-            grid=(tiles, rows, chunks - 1 if only_maps else chunks),
+            grid=(tiles * rows, chunks - 1 if only_maps else chunks, 1),
             io=(gi, h0, mask, states, dstates, dlast, dgi, dh0, adjoint, sums, maps),
             static=(*weights.static, steps, rows, chunk, chunks),
             constants={"ONLY_MAPS": only_maps, **constants},

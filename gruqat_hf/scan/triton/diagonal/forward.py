@@ -22,8 +22,10 @@ def _forward(
     PORTABLE: tl.constexpr,
 ):  # fmt: skip
     """Program (c, b): channels of tile c of row b. ``gates`` is not used: the backward kernel computes them again."""
-    b = tl.program_id(1)
-    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    # One axis: of the others a GPU takes 65,535 programs at most.
+    tiles: tl.constexpr = (H + BLOCK - 1) // BLOCK
+    b = tl.program_id(0) // tiles
+    c = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
     inside = c < H
     w_r = load_gate(values, scale, bias, h_grid, 0, c, inside, H, SCALES, INTEGER, PORTABLE)
     w_z = load_gate(values, scale, bias, h_grid, 1, c, inside, H, SCALES, INTEGER, PORTABLE)
@@ -99,7 +101,7 @@ def call(
     constants = weights.tiling(block, unroll=8, stages=stages, steps=steps, reverse=reverse, portable=weights.quantized)
     return KernelCall(
         kernel=_forward,
-        grid=(cdiv(hidden, constants["BLOCK"]), rows, 1),
+        grid=(cdiv(hidden, constants["BLOCK"]) * rows, 1, 1),
         io=(gi, h0, mask, states, None),
         static=(*weights.static, steps, rows),
         constants=constants,
