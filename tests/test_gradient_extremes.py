@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
-from kernel_helpers import Case, distance
+from kernel_helpers import Case, distance, matmul_precision
+from scan_helpers import build
 
+from gruqat_hf.layers import GRULayer
 from gruqat_hf.operands import DiagonalOperand, Factor
 from gruqat_hf.scan import ScanInputs, run_scan
 from gruqat_hf.scan.replay import column_sums, replay_product
@@ -35,6 +39,43 @@ def test_slopes_whose_product_overflows(read, reverse):
         found.append(torch.autograd.grad((last[read] * torch.arange(1, hidden + 1)).sum(), leaves))
     for wanted, gradient in zip(*found):
         assert wanted.isfinite().all() and distance(gradient, wanted) <= 1e-5
+
+
+#: A structure of each kernel family, on a Hopper GPU of each family of that tier.
+FAMILIES = {
+    "diagonal": "diagonal",
+    "block-diagonal": {"kind": "blockdiag", "nblocks": 2},
+    "dense": "dense",
+    "monarch": {"kind": "monarch", "nblocks": 8},
+    "butterfly": "butterfly",
+}
+
+
+def _gradients_of_rows(layer: GRULayer, x: torch.Tensor, dstates: torch.Tensor) -> list[torch.Tensor]:
+    x = x.clone().requires_grad_()
+    h0 = torch.zeros(x.shape[1], layer.hidden_size, device=x.device, requires_grad=True)
+    with matmul_precision("high"):
+        states, _ = layer(x, h0)
+        return list(torch.autograd.grad(states, (x, h0), dstates))
+
+
+@pytest.mark.parametrize("strange", [torch.nan, torch.inf, 3e38])
+@pytest.mark.parametrize("backend", ["triton", "auto"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_row_keeps_its_gradients_whatever_those_of_another_are(device, name, backend, strange):
+    if device.type == "cpu" and (backend == "auto" or KERNELS != "triton"):
+        pytest.skip("kernels run on the CPU in Triton's interpreter alone: NOT TESTED here")
+    steps, rows, hidden = (12, 3, 64) if device.type == "cpu" else (96, 9, 256)
+    layer = build(FAMILIES[name], None, hidden, 16, device)
+    layer.backend = backend
+    x, dstates = torch.randn(steps, rows, 16, device=device), torch.randn(steps, rows, hidden, device=device)
+    wanted = _gradients_of_rows(layer, x, dstates)
+    dstates[steps // 2, 1, 5] = strange
+    found = _gradients_of_rows(layer, x, dstates)
+    others = torch.arange(rows, device=device) != 1
+    assert torch.equal(found[0][:, others], wanted[0][:, others]) and torch.equal(found[1][others], wanted[1][others])
+    if not math.isfinite(strange):  # while a finite one scales its row down, in half precision, until the rest underflows
+        assert torch.equal(found[0][steps // 2 + 1 :], wanted[0][steps // 2 + 1 :])
 
 
 def test_codes_do_not_round_the_gradient_of_the_bias():

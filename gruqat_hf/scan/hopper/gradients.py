@@ -21,8 +21,8 @@ def coefficients(saved, h, runs):
 
 @jit
 def powers(largest, TARGET: gl.constexpr):
-    """For each row, the power of two that brings its largest gradient near 2**TARGET, and its inverse."""
-    exponent = gl.maximum(largest.to(gl.int32, bitcast=True) >> 23, 30)
+    """For each row, the power of two that brings its largest gradient near 2**TARGET, and its inverse; both finite and not 0."""
+    exponent = gl.minimum(gl.maximum(largest.to(gl.int32, bitcast=True) >> 23, 30), 253)
     up = ((254 + TARGET - exponent) << 23).to(gl.float32, bitcast=True)
     return up, ((exponent - TARGET) << 23).to(gl.float32, bitcast=True)
 

@@ -1,4 +1,4 @@
-"""The largest magnitude of a tensor: what scales half-precision gradients."""
+"""The largest magnitudes of gradients: what scales them for half precision."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .device import device_facts
-from .exchange_plan import cdiv
+from .exchange_plan import cdiv, power_of_two
 from .family import KernelCall
 from .math import count
 
@@ -16,36 +16,55 @@ from .math import count
 _VALUES, _PROGRAMS = 4096, 4
 
 
-@triton.jit(do_not_specialize=["size", "rest_size", "programs"])
-def _largest(x, rest, out, size, rest_size, programs, VALUES: tl.constexpr):
-    """Raises ``out[0]``, bits of an fp32 value, to the largest magnitude of ``x``, and ``out[1]`` to that of ``rest``.
+@triton.jit
+def magnitude_bits(value):
+    """A magnitude as an integer, which has the same order; 0 for infinity and NaN, that no scale brings into range."""
+    bits = value.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    return tl.where(bits < 0x7F800000, bits, 0)
 
-    As integers magnitudes have the same order, with NaN as the largest; and a maximum is the same in whatever order it is taken.
+
+@triton.jit(do_not_specialize=["T", "B"])
+def _largest(dstates, dlast, out, T, B, H: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr):
+    """Program (b, p): raises ``out[0, b]``, bits of an fp32 value, to the largest magnitude of row b in its runs of STEPS steps;
+    the first program of a row also sets ``out[1, b]`` to that of ``dlast``.
+
+    A maximum is the same in whatever order it is taken.
     """
-    program, step = tl.program_id(0).to(tl.int64), tl.cast(programs, tl.int64) * VALUES
-    found = tl.zeros((VALUES,), tl.int32)
-    if program < programs:
-        for start in tl.range(count(program * VALUES), count(tl.cast(size, tl.int64)), count(step)):
-            i = start + tl.arange(0, VALUES)
-            value = tl.load(x + i, mask=i < size, other=0.0).to(tl.float32)
-            found = tl.maximum(found, value.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
-        tl.atomic_max(out, tl.max(found, axis=0), sem="relaxed")
-    else:
-        i = (program - programs) * VALUES + tl.arange(0, VALUES)
-        value = tl.load(rest + i, mask=i < rest_size, other=0.0).to(tl.float32)
-        tl.atomic_max(out + 1, tl.max(value.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=0), sem="relaxed")
+    b = tl.program_id(0)
+    steps, c = tl.arange(0, STEPS), tl.arange(0, BLOCK)
+    found = tl.zeros((STEPS, BLOCK), tl.int32)
+    for start in tl.range(count(tl.program_id(1) * STEPS), count(T), count(tl.num_programs(1) * STEPS)):
+        t = start + steps
+        at = (tl.cast(t, tl.int64) * B + b) * H
+        for first in tl.static_range(0, H, BLOCK):
+            p = dstates + at[:, None] + (first + c)[None, :]
+            value = tl.load(p, mask=(t < T)[:, None] & (first + c < H)[None, :], other=0.0)
+            found = tl.maximum(found, magnitude_bits(value))
+    tl.atomic_max(out + b, tl.max(tl.max(found, axis=1), axis=0), sem="relaxed")
+    if tl.program_id(1) == 0:
+        last = tl.zeros((BLOCK,), tl.int32)
+        for first in tl.static_range(0, H, BLOCK):
+            value = tl.load(dlast + b * H + first + c, mask=first + c < H, other=0.0)
+            last = tl.maximum(last, magnitude_bits(value))
+        tl.store(out + B + b, tl.max(last, axis=0))
 
 
-def largest_magnitudes(x: Tensor, rest: Tensor) -> Tensor:
-    """Of ``x`` and of ``rest``, both contiguous and of any float dtype: ``[2]`` fp32; NaN where there is one."""
-    out = torch.zeros(2, dtype=torch.int32, device=x.device)
-    programs = min(cdiv(x.numel(), _VALUES), _PROGRAMS * device_facts(x.device).processors)
+def largest_magnitudes(dstates: Tensor, dlast: Tensor) -> Tensor:
+    """For each row, of ``dstates`` ``[T, B, H]`` and of ``dlast`` ``[B, H]``, contiguous and of any float dtype: ``[2, B]`` fp32.
+
+    A row's alone, so that what is in one row never changes another's gradients. Infinity and NaN do not count.
+    """
+    steps, rows, hidden = dstates.shape
+    out = torch.zeros((2, rows), dtype=torch.int32, device=dstates.device)
+    block = min(power_of_two(hidden), _VALUES)
+    together = _VALUES // block
+    programs = max(1, min(cdiv(steps, together), _PROGRAMS * device_facts(dstates.device).processors // rows))
     KernelCall(
         kernel=_largest,
-        grid=(programs + cdiv(rest.numel(), _VALUES), 1, 1),
-        io=(x, rest, out),
-        static=(x.numel(), rest.numel(), programs),
-        constants={"VALUES": _VALUES},
+        grid=(rows, programs, 1),
+        io=(dstates, dlast, out),
+        static=(steps, rows),
+        constants={"H": hidden, "STEPS": together, "BLOCK": block},
         warps=8,
     ).run()
     return out.view(torch.float32)

@@ -13,22 +13,22 @@ from torch import Tensor
 
 from .exchange_plan import cdiv
 from .family import KernelCall, aligned
+from .magnitude import magnitude_bits
 
 #: Values that a program moves.
 _VALUES = 4096
 
 
-@triton.jit(do_not_specialize=["R"])
-def _transpose(x, out, largest, R, A: tl.constexpr, B: tl.constexpr, ROWS: tl.constexpr):
-    """``x`` ``[R, A, B]`` → ``out`` ``[R, B, A]``; ``largest``: bits of an fp32 value, raised to ``x``'s largest magnitude."""
+@triton.jit(do_not_specialize=["R", "N"])
+def _transpose(x, out, largest, R, N, A: tl.constexpr, B: tl.constexpr, ROWS: tl.constexpr):
+    """``x`` ``[R, A, B]`` → ``out`` ``[R, B, A]``; ``largest`` ``[N]``: bits of fp32 values, each raised to the largest magnitude
+    of every N-th row."""
     row = tl.cast(tl.program_id(0), tl.int64) * ROWS + tl.arange(0, ROWS)
     at = row[:, None] * (A * B) + tl.arange(0, A * B)[None, :]
     ok = (row < R)[:, None]
     values = tl.load(x + at, mask=ok, other=0)
     if largest is not None:
-        # As integers, magnitudes have the same order, and a NaN is the largest.
-        bits = values.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
-        tl.atomic_max(largest, tl.max(bits.reshape(ROWS * A * B), axis=0), sem="relaxed")
+        tl.atomic_max(largest + row % N, tl.max(magnitude_bits(values), axis=1), mask=row < R, sem="relaxed")
     values = tl.permute(values.reshape(ROWS, A, B), (0, 2, 1)).reshape(ROWS, A * B)
     tl.store(out + at, values, mask=ok)
 
@@ -37,7 +37,8 @@ def transposition(x: Tensor, out: Tensor, inner: int, largest: Tensor | None = N
     """The launch that fills ``out``, ``[..., n * inner]`` as ``x``, rows of ``[n, inner]`` as those of ``[inner, n]``.
 
     Args:
-        largest: one fp32 value, raised to the largest magnitude of ``x``; NaN where ``x`` has one.
+        largest: ``[N]`` fp32, each value raised to the largest magnitude of every N-th row of ``x``; infinity and NaN do not
+            count.
     """
     width = x.shape[-1]
     rows = x.numel() // width
@@ -46,7 +47,7 @@ def transposition(x: Tensor, out: Tensor, inner: int, largest: Tensor | None = N
         kernel=_transpose,
         grid=(cdiv(rows, together), 1, 1),
         io=(x, out, None if largest is None else largest.view(torch.int32)),
-        static=(rows,),
+        static=(rows, 1 if largest is None else largest.numel()),
         constants={"A": width // inner, "B": inner, "ROWS": together},
     )
 

@@ -54,10 +54,10 @@ def _backward(
     w_n = load_weights(tile + 2 * gate_stride, BLOCK)
     if h_grid is not None:
         _, h_inv, h_low, h_high = load_grid(h_grid, 0, 1)
-    peak = gl.load(largest_gradient)
 
     s = gl.arange(0, BLOCK, layout=gl.SliceLayout(1, GATES))
     b = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(0, GATES))
+    peak = gl.load(largest_gradient + b, mask=b < B, other=0.0)
     c = k * SIZE + s
     row = B.to(gl.int64) * H
     sign: gl.constexpr = 1 if REVERSE else -1

@@ -54,7 +54,7 @@ def _backward(
     REVERSE: gl.constexpr,
 ):  # fmt: skip
     """Program (p, j, k): slice p of block k, of rows j * ROWS and on. Other parameters as in the block-diagonal kernel;
-    ``largest_gradient`` is that of dstates, then that of dlast.
+    ``largest_gradient`` ``[2, B]`` is that of each row of dstates, then of dlast.
 
     Steps go in pairs, each with shared memory and a slot of its own, as in the forward kernel.
     """
@@ -96,9 +96,8 @@ def _backward(
     at = start * row
     if mask is not None:
         mask_p = mask + start * B + b
-    peak = gl.load(largest_gradient)
-    zero_row = gl.full([_ROWS], 0.0, gl.float32, layout=gl.SliceLayout(0, GATES))
-    up, down = powers(zero_row + gl.maximum(peak, gl.load(largest_gradient + 1)), 0)
+    peak = gl.load(largest_gradient + b, mask=b < B, other=0.0)
+    up, down = powers(gl.maximum(peak, gl.load(largest_gradient + B + b, mask=b < B, other=0.0)), 0)
 
     even = rings(gates.dtype.element_ty, states.dtype.element_ty, SLOTS, _CHANNELS, _ROWS)
     odd = rings(gates.dtype.element_ty, states.dtype.element_ty, SLOTS, _CHANNELS, _ROWS)

@@ -56,8 +56,8 @@ def backward(
         dmid = gi.new_empty((steps, rows, first_gates, hidden), dtype=torch.float32)
     dgi, dh0 = torch.empty_like(gi), torch.empty_like(h0)
     adjoint = torch.empty_like(states, dtype=torch.float32) if want_adjoint else None
-    largest = torch.zeros(2, dtype=torch.float32, device=gi.device)
-    dstates, dlast = transposed(dstates, programs, largest[:1]), transposed(dlast, programs, largest[1:])
+    largest = torch.zeros((2, rows), dtype=torch.float32, device=gi.device)
+    dstates, dlast = transposed(dstates, programs, largest[0]), transposed(dlast, programs, largest[1])
     ClusterCall(
         kernel=backward_kernel,
         grid=(1, cdiv(rows, TILE_ROWS), 1),

@@ -37,7 +37,7 @@ def backward_kernel(
     """Program (p, j): block p of either factor, of rows j * ROWS and on.
 
     Parameters as in the portable kernel, but that all but ``h0`` and ``dh0`` are in exchange order; ``dgh_n`` and ``dmid`` may be
-    None; ``largest_gradient`` is that of dstates, then that of dlast.
+    None; ``largest_gradient`` ``[2, B]`` is that of each row of dstates, then of dlast.
 
     Steps go in pairs, each with shared memory and slots of its own.
     """
@@ -90,9 +90,8 @@ def backward_kernel(
     if passes is not None:
         passes_p = passes + start * row + offset
         passing = gl.load(passes_p, mask=inside, other=0), gl.load(passes_p + step, mask=inside & (1 < T), other=0)
-    peak = gl.load(largest_gradient)
-    zero_row = gl.full([ROWS], 0.0, gl.float32, layout=gl.SliceLayout(0, GATES))
-    up, down = powers(zero_row + gl.maximum(peak, gl.load(largest_gradient + 1)), 0)
+    peak = gl.load(largest_gradient + b, mask=b < B, other=0.0)
+    up, down = powers(gl.maximum(peak, gl.load(largest_gradient + B + b, mask=b < B, other=0.0)), 0)
 
     open_memory(STEPS * STEP + 6 * SLOT)
     pair = (u >> 1)[:, None] * ROWS + j[None, :]

@@ -39,8 +39,8 @@ def _backward(
     of the hidden and of the input product.
 
     With weights in fp16, gradients are multiplied by a power of two for the product, one for each row, that brings the larger of
-    the carry and of all ``dstates`` (``largest_gradient``) near 2**4. It is taken anew every RESCALE steps; in between gradients
-    may grow 2**11 times.
+    the carry and of all the row's ``dstates`` (``largest_gradient`` ``[B]``) near 2**4. It is taken anew every RESCALE steps; in
+    between gradients may grow 2**11 times.
     """
     k = tl.program_id(0)
     s = tl.arange(0, BLOCK)
@@ -70,7 +70,7 @@ def _backward(
     up = tl.zeros((1, ROWS), tl.float32)
     down = up
     if HALF:
-        peak = tl.load(largest_gradient)
+        peak = tl.load(largest_gradient + b, mask=b < B, other=0.0)
     wide = b[None, :] * H * 3 + c[:, None]
     at = start * row
     db_r = tl.zeros((BLOCK, ROWS), tl.float32)
