@@ -21,6 +21,7 @@ from ..scan import (
     ScanInputs,
     exchange_order,
     input_order,
+    is_capturing,
     observe_scan,
     prepare_plan,
     run_first_product,
@@ -62,6 +63,7 @@ class GRUExecution(nn.Module):
         self.gradient_checkpointing = False
         self._gradient_checkpointing_func: Callable[..., Any] = checkpoint
         self._cached_plan: CachedPlan | None = None
+        self._captured_plans: list[Plan] = []
         self._state = QuantState.FLOAT
 
     def train(self, mode: bool = True) -> GRUExecution:
@@ -71,7 +73,7 @@ class GRUExecution(nn.Module):
 
     def __getstate__(self) -> dict[str, object]:
         # A plan belongs to this object's tensors; a copy or a pickle makes its own.
-        return {**super().__getstate__(), "_cached_plan": None}
+        return {**super().__getstate__(), "_cached_plan": None, "_captured_plans": []}
 
     def _layer_weights(self) -> LayerWeights:
         """Weights and grids as they stand; only where :attr:`_is_static`."""
@@ -143,12 +145,15 @@ class GRUExecution(nn.Module):
             return None
         cached = self._cached_plan
         if cached is None or not cached.is_current(key):
-            # FSDP gathers weights anew for each forward pass, at addresses and version numbers that may repeat.
-            if not self._is_static or getattr(self, "_is_fsdp_managed_module", False):
+            # FSDP gathers weights anew for each forward pass, at addresses and version numbers that may repeat. And in a CUDA
+            # graph weights would be prepared in its replays alone: it takes them as they then are, as in training.
+            if not self._is_static or getattr(self, "_is_fsdp_managed_module", False) or is_capturing(x.device):
                 return None
             with torch.no_grad():
                 cached = CachedPlan(self, key, lambda: prepare_plan(self._layer_weights(), x, self.backend))
             self._cached_plan = cached
+        elif cached.plan is not None and is_capturing(x.device) and cached.plan not in self._captured_plans:
+            self._captured_plans.append(cached.plan)  # whose memory the graph reads for as long as it lives
         self._tell(cached.told)
         return cached.plan
 

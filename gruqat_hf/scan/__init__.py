@@ -1,5 +1,6 @@
 """Scans over time: the reference that defines them, and the table that chooses an implementation."""
 
+from .capture import is_capturing
 from .cpu import BACKEND as _CPU
 from .dispatch import (
     BACKEND_VARIABLE,
@@ -34,6 +35,7 @@ __all__ = [
     "check_backend",
     "exchange_order",
     "input_order",
+    "is_capturing",
     "observe_scan",
     "prepare_plan",
     "run_first_product",

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..capture import Readiness, is_capturing
 from ..dispatch import Plan
 from ..inputs import LayerWeights, ScanInputs
 from ..reference import scan_reference
 from .choice import Candidates, candidates, choose, interleaved_programs
+from .exchange_plan import power_of_two
 from .family import aligned, kernels
 from .precision import spec_of
 
@@ -36,10 +38,14 @@ class LayerPlan:
         self._product = input_product(weights, programs)
         self._prepared: dict[str, Any] = {}
         self._launches: dict[tuple[Any, ...], _Launch] = {}
-        self._zeros: dict[tuple[Any, ...], Tensor] = {}
+        self._zeros: list[Tensor] = []
+        self._initial_states: dict[tuple[Any, ...], Tensor] = {}
+        self._readiness = Readiness()
+        self._readiness.record(next(iter(weights.hidden.factors.values())).values.device)
 
     def __call__(self, x: Tensor, h0: Tensor | None, mask: Tensor | None, reverse: bool) -> tuple[Tensor, Tensor]:
         steps, rows = x.shape[:2]
+        self._readiness.wait(x.device)
         gi = self._product(x.reshape(steps * rows, -1)).view(steps, rows, 3, self._hidden)
         h0 = self._initial(gi, h0)
         if mask is not None:
@@ -48,7 +54,10 @@ class LayerPlan:
         key = (steps, rows, reverse, mask is None, gi.dtype, h0.dtype)
         launch = self._launches.get(key)
         if launch is None:
-            launch = self._launches[key] = self._launch(gi, h0, mask, reverse, states)
+            launch = self._launch(gi, h0, mask, reverse, states)
+            if not is_capturing(gi.device):
+                self._launches[key] = launch
+                self._readiness.record(gi.device)
         launch(gi, h0, mask, states)
         return states, states[0 if reverse else -1]
 
@@ -56,12 +65,25 @@ class LayerPlan:
         """The first state on the carried state's grid, aligned as kernels were compiled for."""
         if h0 is None:
             key = (gi.shape[1], gi.dtype)
-            if key not in self._zeros:
-                self._zeros = {key: gi.new_zeros((gi.shape[1], self._hidden))}
-            return self._zeros[key]
+            zeros = self._initial_states.get(key)
+            return self._zeros_like(gi) if zeros is None else zeros
         state = self._weights.grids.state
         h0 = h0 if state is None else state.round_trip(h0)
         return aligned(h0.to(torch.promote_types(gi.dtype, h0.dtype)).contiguous())
+
+    def _zeros_like(self, gi: Tensor) -> Tensor:
+        """Zeros ``[B, H]`` for ``gi`` ``[T, B, 3, H]``, the first rows of a tensor with room for the largest batch so far.
+
+        Smaller ones that it replaces are kept: a CUDA graph may read them. All of them together are no larger than the last.
+        """
+        rows = gi.shape[1]
+        if not self._zeros or self._zeros[-1].shape[0] < rows or self._zeros[-1].dtype != gi.dtype:
+            if is_capturing(gi.device):
+                return gi.new_zeros((rows, self._hidden))
+            self._zeros.append(gi.new_zeros((power_of_two(rows), self._hidden)))
+            self._readiness.record(gi.device)
+        zeros = self._initial_states[rows, gi.dtype] = self._zeros[-1][:rows]
+        return zeros
 
     def _launch(self, gi: Tensor, h0: Tensor, mask: Tensor | None, reverse: bool, states: Tensor) -> _Launch:
         """How to fill the states of scans of these shapes."""
@@ -106,9 +128,11 @@ class LayerPlan:
         if family is None:
             return lambda gi, h0, mask, states: self._reference(gi, h0, mask, reverse, states)
         forward = kernels(family, "forward")
-        if family not in self._prepared:
-            self._prepared[family] = forward.prepare(spec_of(inputs))
-        prepared = self._prepared[family]
+        prepared = self._prepared.get(family)
+        if prepared is None:
+            prepared = forward.prepare(spec_of(inputs))
+            if not is_capturing(gi.device):
+                self._prepared[family] = prepared
         call = forward.call(prepared, gi, h0, inputs.mask, reverse, states, None) if hasattr(forward, "call") else None
         if call is None:
             return lambda gi, h0, mask, states: forward.forward(prepared, gi, h0, mask, reverse, states, None)
