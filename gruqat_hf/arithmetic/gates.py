@@ -141,13 +141,17 @@ def _rational(x: Tensor, clamp: float, constants: tuple[Any, ...]) -> Tensor:
 class _Sigmoid(torch.autograd.Function):
     """Saves the output, of which the derivative is a polynomial; so does `_Tanh`."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
+    def forward(x: Tensor) -> Tensor:
         constants = _SIGMOID.for_value(x)
         half = constants[-2]
-        y = _rational(x, SIGMOID_CLAMP, constants).add_(half)
-        ctx.save_for_backward(y)
-        return y
+        return _rational(x, SIGMOID_CLAMP, constants).add_(half)
+
+    @staticmethod
+    def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(output)
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:
@@ -156,11 +160,15 @@ class _Sigmoid(torch.autograd.Function):
 
 
 class _Tanh(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
-        y = _rational(x, TANH_CLAMP, _TANH.for_value(x))
-        ctx.save_for_backward(y)
-        return y
+    def forward(x: Tensor) -> Tensor:
+        return _rational(x, TANH_CLAMP, _TANH.for_value(x))
+
+    @staticmethod
+    def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(output)
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:

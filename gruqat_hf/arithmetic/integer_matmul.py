@@ -54,10 +54,15 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 class _WideProduct(torch.autograd.Function):
     """``a @ b`` with codes of more than 8 bits in ``a``; the gradient is that of the float product."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, a: Tensor, b: Tensor, largest_a: int, largest_b: int) -> Tensor:
-        ctx.save_for_backward(a, b)  # type: ignore[attr-defined]
+    def forward(a: Tensor, b: Tensor, largest_a: int, largest_b: int) -> Tensor:
         return split_matmul(a, b, largest_a, largest_b)
+
+    @staticmethod
+    def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, Tensor, int, int], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:

@@ -22,6 +22,7 @@ from ..scan import (
     exchange_order,
     input_order,
     is_capturing,
+    is_transformed,
     observe_scan,
     prepare_plan,
     run_first_product,
@@ -308,7 +309,7 @@ def _is_plain(x: Tensor) -> bool:
         and x.device.type != "meta"
         and not torch.jit.is_tracing()
         and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and not is_transformed()
     )
 
 

@@ -14,9 +14,15 @@ MIN_SCALE = 1e-12
 class _RoundStraightThrough(torch.autograd.Function):
     """Round half to even; the gradient passes unchanged (straight-through estimator, Bengio et al. 2013)."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, value: Tensor) -> Tensor:
+    def forward(value: Tensor) -> Tensor:
         return torch.round(value)
+
+    @staticmethod
+    def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> Tensor:

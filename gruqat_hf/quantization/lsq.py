@@ -14,10 +14,15 @@ from .grid import MIN_SCALE
 class _ScaleGradient(torch.autograd.Function):
     """Identity whose gradient is multiplied by ``factor`` (Esser et al. 2020, §2.2)."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, value: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor  # type: ignore[attr-defined]
+    def forward(value: Tensor, factor: float) -> Tensor:
         return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, float], output: Tensor) -> None:
+        ctx.factor = inputs[1]  # type: ignore[attr-defined]
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:

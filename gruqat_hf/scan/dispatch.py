@@ -110,15 +110,25 @@ def _tell(backend: Backend, reasons: list[tuple[str, str]], forced: bool) -> str
 class _WithBias(torch.autograd.Function):
     """``gi``, which has a bias in it: that one's gradient is the sum of gi's."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, gi: Tensor, bias: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.bias_dtype = bias.dtype
+    def forward(gi: Tensor, bias: Tensor) -> Tensor:  # type: ignore[override]
         return gi.view_as(gi)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.bias_dtype = inputs[1].dtype
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         sums = column_sums(gradient.flatten(0, 1).flatten(1)).view(gradient.shape[2:])
         return gradient, sums.to(ctx.bias_dtype)
+
+
+def is_transformed() -> bool:
+    """Whether a transform of ``torch.func`` is active: kernels would see its wrappers, which hold no values."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def run_scan(inputs: ScanInputs, forced: str | None = None) -> tuple[Tensor, Tensor, str]:
@@ -137,6 +147,9 @@ def run_scan(inputs: ScanInputs, forced: str | None = None) -> tuple[Tensor, Ten
     candidates, is_forced = _candidates(forced)
     reasons: list[tuple[str, str]] = []
     for backend in candidates:
+        if backend is not BACKENDS[-1] and is_transformed():
+            reasons.append((backend.name, "a torch.func transform is active"))
+            continue
         if backend.order is None:
             inputs = inputs.natural()
         if inputs.bias_input is not None and not backend.sums_bias_input:
@@ -187,7 +200,7 @@ def run_product(
     Args:
         grid, mid_grid: as :class:`OperandProduct` takes them.
     """
-    for backend in _candidates(forced)[0]:
+    for backend in () if is_transformed() else _candidates(forced)[0]:
         if backend.product is not None and (found := backend.product(operand, grid, bias, rows)) is not None:
             return found
     product = OperandProduct(operand, grid, mid_grid)(rows)

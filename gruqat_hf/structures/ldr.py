@@ -56,17 +56,21 @@ class LDRStructure(Structure):
         total = left[:, 0] * right[:, 0]
         for rank in range(1, self.config.rank):
             total = total + left[:, rank] * right[:, rank]
-        return BlockDiagonalOperand(blocks=Factor(_Displaced.apply(total, self.subdiagonal_a, self.subdiagonal_b).unsqueeze(1)))
+        return BlockDiagonalOperand(
+            blocks=Factor(_Displaced.apply(total, self.subdiagonal_a, self.subdiagonal_b)[0].unsqueeze(1))
+        )
 
 
 class _Displaced(torch.autograd.Function):
     """``sum over i of A^i C (B.T)^i`` from ``C`` ``[gates, size, size]`` and the subdiagonals of A and B ``[gates, size - 1]``.
 
-    By autograd the many slices would cost several times what the sums do.
+    By autograd the many slices would cost several times what the sums do. Further outputs are what the backward pass reads.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, total: Tensor, a: Tensor, b: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(total: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         totals, powers = [], [_pair(a, b)]
         shift, size = 1, total.shape[-1]
         while shift < size:
@@ -78,12 +82,20 @@ class _Displaced(torch.autograd.Function):
             total[:, shift:, shift:] += moved
             powers.append(power[..., :-shift] * power[..., shift:])
             shift *= 2
-        ctx.save_for_backward(*totals, *powers[: len(totals)])
-        return total
+        return total, *totals[1:], *powers[: len(totals)]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*output[1:])
+        if len(output) > 1:  # else the input is the output
+            ctx.save_for_backward(inputs[0], *output[1:])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if gradient is None:
+            return None, None, None
         count = len(ctx.saved_tensors) // 2
         totals, powers = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
         gradient, dpower = gradient.clone(), None

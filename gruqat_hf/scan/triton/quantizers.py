@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..dispatch import BACKEND_VARIABLE
+from ..dispatch import BACKEND_VARIABLE, is_transformed
 from .device import refuses_device
 from .family import needs_operators
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def serve(value: Tensor) -> bool:
     """Whether kernels outside of scans can read ``value`` now, and the environment forces no other backend."""
-    if value.numel() == 0 or needs_operators(value) or refuses_device(value.device) is not None:
+    if value.numel() == 0 or needs_operators(value) or is_transformed() or refuses_device(value.device) is not None:
         return False
     return os.environ.get(BACKEND_VARIABLE, "auto") in ("auto", "triton", "hopper")
 
