@@ -181,3 +181,31 @@ def test_other_dtypes_are_refused(name, dtype):
     function = GATES[name][0]
     with pytest.raises(ValueError, match=rf"{function.__name__} takes a torch.float32 tensor.*{dtype}.*x.float\(\)"):
         function(torch.zeros(3, dtype=dtype))
+
+
+def test_kernels_give_the_same_bits(device):
+    """On a GPU of every float there is."""
+    from kernel_helpers import skip_unless_kernels_run
+
+    skip_unless_kernels_run(device)
+    from gate_kernel import gates_of_bits
+
+    number = 1 << (26 if device.type == "cuda" else 12)
+    every = number if device.type == "cuda" else (1 << 25) + 12 * number
+    for first in range(-(1 << 31), (1 << 31) - number + 1, every):
+        bits = torch.arange(number, dtype=torch.int32, device=device) + first
+        x = bits.view(torch.float32)
+        for found, gate in zip(gates_of_bits(first, number, device), (portable_sigmoid, portable_tanh)):
+            wanted = gate(x)
+            same = (found.view(torch.int32) == wanted.view(torch.int32)) | (found.isnan() & wanted.isnan())
+            assert same.all(), (x[~same][:4], found[~same][:4], wanted[~same][:4])
+
+
+def test_constants_of_kernels_are_fp32_whatever_the_default_is():
+    pytest.importorskip("triton")
+    from gruqat_hf.scan.triton.math import _squared
+
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("meta"):
+        for value in (gates.SIGMOID_CLAMP, gates.TANH_CLAMP):
+            assert _squared(value) == float(np.float32(value) * np.float32(value))

@@ -30,7 +30,7 @@ KERNEL_TESTS = (
     "test_two_factor_gradients.py",
     "test_fused_quantizers.py",
     "test_exchange_order.py",
-    *("test_input_bias.py", "test_gradient_extremes.py"),
+    *("test_input_bias.py", "test_gradient_extremes.py", "test_gates.py"),
 )
 
 interpreted = pytest.mark.skipif(

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from ...arithmetic import gates as portable
+from ..capture import is_capturing
 from ..spec import MOST_MARKED
 from .device import INTERPRETED
 
@@ -29,7 +30,7 @@ def gate_factors(device: torch.device) -> torch.Tensor:
     """What weights and biases of r, z and n are multiplied by in the float state, ``[3, 1]``; kept for each device."""
     if (found := _factors.get(device)) is not None:
         return found
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if is_capturing(device):
         # Not to be kept: it holds nothing until the graph runs. Nor can values come from the host meanwhile.
         factors = torch.full((3, 1), SIGMOID_FACTOR.value, device=device)
         factors[2].fill_(TANH_FACTOR.value)
@@ -40,10 +41,17 @@ def gate_factors(device: torch.device) -> torch.Tensor:
     return _factors[device]
 
 
+def _squared(value: float) -> float:
+    """In fp32, whatever PyTorch's defaults are."""
+    return torch.tensor(value, dtype=torch.float32, device="cpu").square().item()
+
+
 _SIGMOID_CLAMP = tl.constexpr(portable.SIGMOID_CLAMP)
+_SIGMOID_CLAMP_SQUARED = tl.constexpr(_squared(portable.SIGMOID_CLAMP))
 _SIGMOID_P = tl.constexpr(portable.SIGMOID_NUMERATOR)
 _SIGMOID_Q = tl.constexpr((*portable.SIGMOID_DENOMINATOR[0], *portable.SIGMOID_DENOMINATOR[1]))
 _TANH_CLAMP = tl.constexpr(portable.TANH_CLAMP)
+_TANH_CLAMP_SQUARED = tl.constexpr(_squared(portable.TANH_CLAMP))
 _TANH_P = tl.constexpr(portable.TANH_NUMERATOR)
 _TANH_Q = tl.constexpr((*portable.TANH_DENOMINATOR[0], *portable.TANH_DENOMINATOR[1]))
 _SEED = tl.constexpr(portable.RECIPROCAL_SEED)
@@ -72,9 +80,30 @@ def clamp(x, low, high):
 
 
 @triton.jit
+def shifted_codes(x, inv_scale, low, high):
+    """The sum of :func:`codes` and ``_ROUNDER``."""
+    return clamp(x * inv_scale, low, high) + _ROUNDER
+
+
+@triton.jit
 def codes(x, inv_scale, low, high):
     """Integer codes of ``x``, in fp32; equal to ``Grid.codes``, whose bounds are integers, so that clamping may come first."""
-    return (clamp(x * inv_scale, low, high) + _ROUNDER) - _ROUNDER
+    return shifted_codes(x, inv_scale, low, high) - _ROUNDER
+
+
+@triton.jit
+def unshifted(shifted):
+    """The codes of :func:`shifted_codes`."""
+    return shifted - _ROUNDER
+
+
+@triton.jit
+def code_product(shifted, weight):
+    """A code, of :func:`shifted_codes`, times an integer of 8 bits: exact, so that one operation may do the work of two."""
+    if PTX:
+        return tl.fma(shifted, weight, weight * -_ROUNDER)
+    else:
+        return unshifted(shifted) * weight
 
 
 @triton.jit
@@ -85,27 +114,29 @@ def in_range(x, inv_scale, low, high):
 
 
 @triton.jit
-def _rational(x, CLAMP: tl.constexpr, P: tl.constexpr, Q: tl.constexpr):
+def _rational(x, CLAMP: tl.constexpr, SQUARED: tl.constexpr, P: tl.constexpr, Q: tl.constexpr):
+    """The reference's bits, in as few operations one after the other as that takes: rounding is monotonic, so that the square may
+    be clamped in place of ``x``, and sums may be computed with both signs changed."""
+    s = tl.minimum(x * x, SQUARED, propagate_nan=tl.PropagateNan.ALL)
     x = clamp(x, -CLAMP, CLAMP)
-    s = x * x
     n = (((s * P[0] + P[1]) * s + P[2]) * s + P[3]) * x
     d = ((s + Q[0]) * s + Q[1]) * ((s + Q[2]) * s + Q[3])
     # Constants on the right: the interpreter takes constant - tensor for a constant.
     y = (-d.to(tl.int32, bitcast=True) + _SEED).to(tl.float32, bitcast=True)
-    z = -(d * y) + _CENTRE
+    minus_z = d * y - _CENTRE
     r = n * y
-    w = z * z
-    return r + ((z + w) * r) * (w + 1.0)
+    w = minus_z * minus_z
+    return r + ((w - minus_z) * r) * (w + 1.0)
 
 
 @triton.jit
 def portable_sigmoid(x):
-    return _rational(x, _SIGMOID_CLAMP, _SIGMOID_P, _SIGMOID_Q) + 0.5
+    return _rational(x, _SIGMOID_CLAMP, _SIGMOID_CLAMP_SQUARED, _SIGMOID_P, _SIGMOID_Q) + 0.5
 
 
 @triton.jit
 def portable_tanh(x):
-    return _rational(x, _TANH_CLAMP, _TANH_P, _TANH_Q)
+    return _rational(x, _TANH_CLAMP, _TANH_CLAMP_SQUARED, _TANH_P, _TANH_Q)
 
 
 @triton.jit

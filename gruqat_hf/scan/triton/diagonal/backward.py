@@ -10,7 +10,17 @@ from torch import Tensor
 from ..device import device_facts
 from ..exchange_plan import cdiv
 from ..family import KernelCall, ScanGradients
-from ..math import clamp, codes, count, gru_gates, gru_gradients, in_range, load_gate_grids, load_grid
+from ..math import (
+    clamp,
+    count,
+    gru_gates,
+    gru_gradients,
+    in_range,
+    load_gate_grids,
+    load_grid,
+    shifted_codes,
+    unshifted,
+)
 from .weights import DiagonalWeights, hidden_product, load_gate, load_scale, load_values, prepare
 
 __all__ = ["backward", "prepare"]
@@ -106,10 +116,10 @@ def _backward(
             x = h
             clip = 1.0
             if h_grid is not None:
-                x = codes(h, h_inv, h_low, h_high)
+                x = shifted_codes(h, h_inv, h_low, h_high)
                 clip = tl.where(in_range(h, h_inv, h_low, h_high), 1.0, 0.0)
                 if not INTEGER:
-                    x = x * h_scale
+                    x = unshifted(x) * h_scale
             r, z, n, hn, new = gru_gates(
                 loaded[5 * u].to(tl.float32),
                 loaded[5 * u + 1].to(tl.float32),
@@ -121,6 +131,8 @@ def _backward(
                 PORTABLE,
                 gate_grids,
             )
+            if INTEGER:
+                x = unshifted(x)
             kept = tl.full((BLOCK,), 1.0, tl.float32)
             if state_grid is not None:
                 kept = tl.where(in_range(new, state_inv, state_low, state_high), 1.0, 0.0)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..exchange_plan import cdiv
 from ..family import KernelCall
-from ..math import codes, count, gru_gates, load_gate_grids, load_grid
+from ..math import codes, count, gru_gates, load_gate_grids, load_grid, shifted_codes, unshifted
 from .weights import DiagonalWeights, hidden_product, load_gate, prepare
 
 __all__ = ["call", "forward", "prepare"]
@@ -61,9 +61,9 @@ def _forward(
         for u in tl.static_range(UNROLL):
             x = h
             if h_grid is not None:
-                x = codes(h, h_inv, h_low, h_high)
+                x = shifted_codes(h, h_inv, h_low, h_high)
                 if not INTEGER:
-                    x = x * h_scale
+                    x = unshifted(x) * h_scale
             _, _, _, _, new = gru_gates(
                 loaded[3 * u].to(tl.float32),
                 loaded[3 * u + 1].to(tl.float32),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...spec import ScanSpec, grid_size, pack_gates_grid, pack_grid
 from ..exchange_plan import power_of_two
-from ..math import SIGMOID_FACTOR, TANH_FACTOR
+from ..math import SIGMOID_FACTOR, TANH_FACTOR, code_product
 
 
 class DiagonalWeights(NamedTuple):
@@ -112,8 +112,8 @@ def load_gate(
 
 @triton.jit
 def hidden_product(h, gate, INTEGER: tl.constexpr):
-    """One gate's product of h, or of its codes, plus bias."""
-    product = h * gate[0]
+    """One gate's product of h, or INTEGER of its shifted codes, plus bias."""
     if INTEGER:
-        product = product * gate[1]
-    return product + gate[2]
+        return code_product(h, gate[0]) * gate[1] + gate[2]
+    else:
+        return h * gate[0] + gate[2]
