@@ -355,3 +355,14 @@ def test_import_is_light():
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
     assert loaded_by("gruqat_hf.structures") == loaded_by("transformers.modeling_utils")
+
+
+def test_ldr_under_a_checkpoint():
+    """Which hands out what was saved for the backward pass once."""
+    structure = build_structure(StructureConfig("ldr"), 6, 6, gates=3)
+    found = []
+    for run in (lambda call: call(), lambda call: torch.utils.checkpoint.checkpoint(call, use_reentrant=False)):
+        structure.zero_grad()
+        run(lambda: structure.lower().to_dense().square().sum()).backward()
+        found.append([parameter.grad.clone() for parameter in structure.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found))

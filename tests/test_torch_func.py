@@ -55,3 +55,22 @@ def test_a_forced_backend_that_transforms_cannot_see_through_says_so():
     layer.backend = "cpu"
     with pytest.raises(RuntimeError, match="'cpu' was forced, but cannot run this scan: cpu: a torch.func transform is active"):
         vmap(lambda row: layer(row.unsqueeze(1))[0], in_dims=1)(torch.randn(5, 3, 8))
+
+
+def test_second_derivatives_of_ldr():
+    """Its own function has none; the sums that transforms see have."""
+    from gruqat_hf.structures.ldr import _Displaced, _displaced
+
+    parts = [torch.randn(2, *size, dtype=torch.float64, requires_grad=True) for size in ((5, 5), (4,), (4,))]
+    torch.testing.assert_close(_displaced(*parts), _Displaced.apply(*parts))
+    assert torch.autograd.gradcheck(_displaced, parts) and torch.autograd.gradgradcheck(_displaced, parts)
+
+
+def test_vmap_over_one_parameter_of_ldr():
+    layer = build("ldr", None, 16, 8, torch.device("cpu"))
+    x, parameters = torch.randn(5, 3, 8), {key: value.detach() for key, value in layer.named_parameters()}
+    name = "weight_hidden.structure.subdiagonal_a"
+    several = torch.stack([parameters[name], parameters[name] * 0.5])
+    found = vmap(lambda value: functional_call(layer, {**parameters, name: value}, (x,))[0])(several)
+    for out, value in zip(found, several):
+        assert distance(out, functional_call(layer, {**parameters, name: value}, (x,))[0]) <= 1e-5

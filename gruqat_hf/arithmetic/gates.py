@@ -38,6 +38,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .transforms import Elementwise, needs_function
+
 __all__ = [
     "RECIPROCAL_CENTRE",
     "RECIPROCAL_SEED",
@@ -88,7 +90,8 @@ def portable_sigmoid(x: Tensor) -> Tensor:
 
     Raises ValueError for other dtypes.
     """
-    return _Sigmoid.apply(_require_float32(x, "portable_sigmoid"))
+    x = _require_float32(x, "portable_sigmoid")
+    return _Sigmoid.apply(x) if needs_function(x) else _Sigmoid.forward(x)
 
 
 def portable_tanh(x: Tensor) -> Tensor:
@@ -96,7 +99,8 @@ def portable_tanh(x: Tensor) -> Tensor:
 
     Raises ValueError for other dtypes.
     """
-    return _Tanh.apply(_require_float32(x, "portable_tanh"))
+    x = _require_float32(x, "portable_tanh")
+    return _Tanh.apply(x) if needs_function(x) else _Tanh.forward(x)
 
 
 def _require_float32(x: Tensor, name: str) -> Tensor:
@@ -138,10 +142,8 @@ def _rational(x: Tensor, clamp: float, constants: tuple[Any, ...]) -> Tensor:
     return r.add_(correction)
 
 
-class _Sigmoid(torch.autograd.Function):
+class _Sigmoid(Elementwise):
     """Saves the output, of which the derivative is a polynomial; so does `_Tanh`."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:
@@ -159,9 +161,7 @@ class _Sigmoid(torch.autograd.Function):
         return gradient * (y * (1.0 - y))
 
 
-class _Tanh(torch.autograd.Function):
-    generate_vmap_rule = True
-
+class _Tanh(Elementwise):
     @staticmethod
     def forward(x: Tensor) -> Tensor:
         return _rational(x, TANH_CLAMP, _TANH.for_value(x))

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..arithmetic import Elementwise, needs_function
+
 #: Smallest scale: a range of nothing but zeros still has a grid, and 1/scale stays finite.
 MIN_SCALE = 1e-12
 
 
-class _RoundStraightThrough(torch.autograd.Function):
+class _RoundStraightThrough(Elementwise):
     """Round half to even; the gradient passes unchanged (straight-through estimator, Bengio et al. 2013)."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(value: Tensor) -> Tensor:
@@ -68,7 +68,8 @@ class Grid:
 
     def codes(self, value: Tensor) -> Tensor:
         """Integer codes of ``value`` in fp32. Straight-through gradient inside the range, none beyond; NaN stays NaN."""
-        rounded = _RoundStraightThrough.apply(value.to(torch.float32) * self.inv_scale)
+        scaled = value.to(torch.float32) * self.inv_scale
+        rounded = _RoundStraightThrough.apply(scaled) if needs_function(scaled) else torch.round(scaled)
         return torch.clamp(rounded, self.low, self.high)
 
     def clips(self, value: Tensor) -> Tensor:

@@ -7,14 +7,13 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ..arithmetic import Elementwise
 from .fake_quantize import FakeQuantize
 from .grid import MIN_SCALE
 
 
-class _ScaleGradient(torch.autograd.Function):
+class _ScaleGradient(Elementwise):
     """Identity whose gradient is multiplied by ``factor`` (Esser et al. 2020, §2.2)."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(value: Tensor, factor: float) -> Tensor:

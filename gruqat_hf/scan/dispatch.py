@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arithmetic import is_transformed
 from ..operands import Operand
 from ..quantization import Grid
 from .inputs import LayerWeights, ScanInputs
@@ -124,11 +125,6 @@ class _WithBias(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         sums = column_sums(gradient.flatten(0, 1).flatten(1)).view(gradient.shape[2:])
         return gradient, sums.to(ctx.bias_dtype)
-
-
-def is_transformed() -> bool:
-    """Whether a transform of ``torch.func`` is active: kernels would see its wrappers, which hold no values."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def run_scan(inputs: ScanInputs, forced: str | None = None) -> tuple[Tensor, Tensor, str]:

@@ -8,7 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
 
+from ..arithmetic import is_transformed
 from ..operands import BlockDiagonalOperand, Factor
 from .base import Structure, require_square
 from .config import StructureConfig
@@ -52,25 +54,32 @@ class LDRStructure(Structure):
         }
 
     def lower(self) -> BlockDiagonalOperand:
+        displaced = _displaced if is_transformed() else _Displaced.apply
         left, right = self.left.unsqueeze(-1), self.right.unsqueeze(-2)
         total = left[:, 0] * right[:, 0]
         for rank in range(1, self.config.rank):
             total = total + left[:, rank] * right[:, rank]
-        return BlockDiagonalOperand(
-            blocks=Factor(_Displaced.apply(total, self.subdiagonal_a, self.subdiagonal_b)[0].unsqueeze(1))
-        )
+        return BlockDiagonalOperand(blocks=Factor(displaced(total, self.subdiagonal_a, self.subdiagonal_b).unsqueeze(1)))
+
+
+def _displaced(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """``sum over i of A^i C (B.T)^i`` from ``C``, ``total`` ``[gates, size, size]``, and the subdiagonals of A and B
+    ``[gates, size - 1]``."""
+    shift, size = 1, total.shape[-1]
+    while shift < size:
+        # The entries of A^shift, from row `shift` on, and of B^shift.
+        moved = a.unsqueeze(-1) * b.unsqueeze(-2) * total[:, :-shift, :-shift]
+        total = total + pad(moved, (shift, 0, shift, 0))
+        a, b = a[:, :-shift] * a[:, shift:], b[:, :-shift] * b[:, shift:]
+        shift *= 2
+    return total
 
 
 class _Displaced(torch.autograd.Function):
-    """``sum over i of A^i C (B.T)^i`` from ``C`` ``[gates, size, size]`` and the subdiagonals of A and B ``[gates, size - 1]``.
-
-    By autograd the many slices would cost several times what the sums do. Further outputs are what the backward pass reads.
-    """
-
-    generate_vmap_rule = True
+    """The same with a gradient of its own: by autograd the many slices would cost several times what the sums do."""
 
     @staticmethod
-    def forward(total: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(ctx: Any, total: Tensor, a: Tensor, b: Tensor) -> Tensor:  # type: ignore[override]
         totals, powers = [], [_pair(a, b)]
         shift, size = 1, total.shape[-1]
         while shift < size:
@@ -82,22 +91,15 @@ class _Displaced(torch.autograd.Function):
             total[:, shift:, shift:] += moved
             powers.append(power[..., :-shift] * power[..., shift:])
             shift *= 2
-        return total, *totals[1:], *powers[: len(totals)]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*output[1:])
-        if len(output) > 1:  # else the input is the output
-            ctx.save_for_backward(inputs[0], *output[1:])
+        ctx.save_for_backward(*totals, *powers[: len(totals)])
+        return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        if gradient is None:
-            return None, None, None
-        count = len(ctx.saved_tensors) // 2
-        totals, powers = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        saved = ctx.saved_tensors  # once: checkpoints give them once
+        count = len(saved) // 2
+        totals, powers = saved[:count], saved[count:]
         gradient, dpower = gradient.clone(), None
         for level in reversed(range(count)):
             shift, power, total = 1 << level, powers[level], totals[level]

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..dispatch import BACKEND_VARIABLE, is_transformed
+from ...arithmetic import is_transformed
+from ..dispatch import BACKEND_VARIABLE
 from .device import refuses_device
 from .family import needs_operators
 
