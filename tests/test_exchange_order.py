@@ -165,7 +165,7 @@ class _Call:
     def __init__(self, inputs: ScanInputs, programs: int) -> None:
         self.inputs, self.programs = inputs, programs
 
-    def compiled(self):
+    def launcher(self, keep: bool):
         def run(gi: Tensor, h0: Tensor, mask: Tensor | None, states: Tensor, gates: None) -> None:
             i = self.inputs
             mask = None if mask is None else mask.bool()

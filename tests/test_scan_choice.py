@@ -56,6 +56,19 @@ def test_compilers_see_through_the_choice_on_a_hopper_gpu(monkeypatch, structure
     assert families == [family]
 
 
+@pytest.mark.parametrize("structure", [{"kind": "diagonal"}, {"kind": "dense"}, {"kind": "monarch", "nblocks": 8}])
+def test_exporters_make_no_limit_of_what_kernels_take(monkeypatch, structure):
+    """Traced only, as above: a batch of any size stays one."""
+    pytest.importorskip("triton")
+    layer = build(structure, None, 64, 16, torch.device("cpu"))
+    layer.backend = "triton"
+    monkeypatch.setattr(device, "_refuses_device", lambda *_: None)
+    monkeypatch.setattr(device, "_device_facts", lambda *_: device.DeviceFacts(132, 232448, (9, 0)))
+    batch = torch.export.Dim("batch", min=2)
+    program = torch.export.export(layer, (torch.randn(5, 3, 16),), dynamic_shapes={"x": {1: batch}}, strict=False)
+    assert any("triton_scan" in str(node.target) for node in program.graph.nodes)
+
+
 @pytest.mark.hf
 class TestBackendOfAModel:
     def test_a_config_forces_it_and_it_is_not_saved(self, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..arithmetic import is_transformed
 from ..operands import BlockDiagonalOperand, DiagonalOperand, Factor, MonarchOperand, Operand
 from ..quantization import FakeQuantize, FrozenGrid, Grid
 from ..scan import (
@@ -22,7 +23,6 @@ from ..scan import (
     exchange_order,
     input_order,
     is_capturing,
-    is_transformed,
     observe_scan,
     prepare_plan,
     run_first_product,
@@ -139,7 +139,7 @@ class GRUExecution(nn.Module):
             self.backend,
             os.environ.get(BACKEND_VARIABLE),
             torch.get_float32_matmul_precision(),
-            torch.is_autocast_enabled(x.device.type),
+            torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type),
         )
         # Outside QAT nothing but a replaced module makes a layer dynamic, and a cached plan notices that.
         if self._state == QuantState.QAT and not self._is_static:

@@ -8,29 +8,33 @@ import torch
 def is_capturing(device: torch.device) -> bool:
     """Whether launches are being recorded into a CUDA graph: what they fill is filled when the graph is replayed, and lies in the
     graph's own memory, so that no other call may read it."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if device.type != "cuda":
+        return False
+    if device.index in (None, torch.cuda.current_device()):
+        return torch.cuda.is_current_stream_capturing()
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 class Readiness:
     """Makes streams wait, once each, for what another stream has prepared."""
 
     def __init__(self) -> None:
-        self._event: torch.cuda.Event | None = None
-        self._streams: set[int] = set()
+        #: When the last of it is there, and the streams that need not wait.
+        self._prepared: tuple[torch.cuda.Event, set[int]] | None = None
 
     def record(self, device: torch.device) -> None:
         """Something was prepared on the current stream, which has waited for all that was prepared before."""
         if device.type == "cuda" and not is_capturing(device):
-            with torch.cuda.device(device):
-                self._event = torch.cuda.Event()
-                self._event.record()
-                self._streams = {torch.cuda.current_stream().cuda_stream}
+            stream = torch.cuda.current_stream(device)
+            self._prepared = stream.record_event(), {stream.cuda_stream}
 
     def wait(self, device: torch.device) -> None:
-        """Make the current stream wait for it; not one that is being recorded, as a capture begins when the device is idle."""
-        if self._event is None:
+        """Make the current stream wait for it; not one that is being recorded: torch.cuda.graph waits for the device before."""
+        if self._prepared is None:
             return
+        event, streams = self._prepared
         stream = torch._C._cuda_getCurrentRawStream(device.index)  # takes a fraction of the time of what gives an object
-        if stream not in self._streams and not is_capturing(device):
-            torch.cuda.current_stream(device).wait_event(self._event)
-            self._streams.add(stream)
+        if stream not in streams and not is_capturing(device):
+            torch.cuda.current_stream(device).wait_event(event)
+            streams.add(stream)

@@ -1,5 +1,5 @@
-"""The two factors of a butterfly multiplied out by one launch each, and their gradients; bit for bit what
-:mod:`gruqat_hf.structures.butterfly` computes stage by stage.
+"""The two factors of a butterfly multiplied out by one launch each, and their gradients: the factors bit for bit what
+:mod:`gruqat_hf.structures.butterfly` computes stage by stage, the gradients as close as sums in another order are.
 
 Entry ``[o, i]`` of a block is the product, over its stages t, of one twiddle each: that of output bit t of ``o`` and input bit t
 of ``i``, at the position that the bits of ``o`` below t and those of ``i`` above t name.

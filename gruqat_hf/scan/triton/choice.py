@@ -6,6 +6,7 @@ from collections.abc import Callable
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 from ...operands import BlockDiagonalOperand, DiagonalOperand, MonarchOperand, Operand
 from ..inputs import ScanInputs
@@ -58,12 +59,10 @@ def refuses_product(inputs: ScanInputs) -> str | None:
     return None
 
 
-def refuses_shape(inputs: ScanInputs) -> str | None:
-    """Why a batch is too large or too small for kernels, or None."""
-    rows, gates, hidden = inputs.gi.shape[1:]
-    if inputs.gi.numel() == 0:
-        return "there are no rows"
-    if rows > _MOST_ROWS and not isinstance(inputs.operand, DiagonalOperand):
+def refuses_shape(gi: Tensor, operand: Operand) -> str | None:
+    """Why a batch is too large for kernels, or None."""
+    rows, gates, hidden = gi.shape[1:]
+    if not isinstance(operand, DiagonalOperand) and rows > _MOST_ROWS:
         return f"a batch may have {_MOST_ROWS} rows at most, and has {rows}"
     if rows * gates * hidden >= 1 << 31:  # which is how far kernels count inside a step
         return f"a step of {rows} rows, {gates} gates and {hidden} channels has 2**31 values or more"
@@ -98,7 +97,12 @@ def choose(inputs: ScanInputs, candidates: Candidates = candidates) -> tuple[str
     Args:
         candidates: of a tier; the portable one's unless given.
     """
-    if (reason := refuses_device(inputs.gi.device) or refuses_product(inputs) or refuses_shape(inputs)) is not None:
+    if (reason := refuses_device(inputs.gi.device) or refuses_product(inputs)) is not None:
+        return None, reason
+    if inputs.gi.numel() == 0:
+        return None, "there are no rows"
+    # A compiler would make a limit of it, of a batch that may have any size; the operator looks again.
+    if not torch.compiler.is_compiling() and (reason := refuses_shape(inputs.gi, inputs.operand)) is not None:
         return None, reason
     facts = device_facts(inputs.gi.device)
     reasons = []

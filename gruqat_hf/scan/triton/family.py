@@ -103,6 +103,10 @@ class KernelCall:
         }
         return launch(*self.io, *self.static, **self.constants, **options)
 
+    def launcher(self, keep: bool) -> Callable[..., None]:
+        """:meth:`compiled` if it is kept; else what takes as long at every call, but launches nothing now."""
+        return self.compiled() if keep else lambda *io: replace(self, io=io).run()
+
     def compiled(self) -> Callable[..., None]:
         """Launch once to compile; then a way to launch with other ``io`` that looks at nothing again.
 

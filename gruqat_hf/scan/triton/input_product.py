@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...operands import BlockDiagonalOperand
+from ..capture import is_capturing
 from ..inputs import LayerWeights
 from ..product import OperandProduct
 from ..spec import is_integer, pack_grid
@@ -153,10 +154,14 @@ def _integer(weights: LayerWeights, programs: int) -> InputProduct:
         rows = aligned(rows.contiguous())
         quantized = torch.empty_like(rows, dtype=dtype)
         unit, out = rows.new_empty(rows.shape[0]), rows.new_empty((rows.shape[0], columns))
-        if rows.shape[0] not in launches:
+        found = launches.get(rows.shape[0])
+        if found is None:
+            keep = not is_capturing(rows.device)
             calls = integer_calls(rows, quantized, unit, out, weight, scale, bias, grid)
-            launches[rows.shape[0]] = tuple(call.compiled() for call in calls)
-        quantize, multiply = launches[rows.shape[0]]
+            found = calls[0].launcher(keep), calls[1].launcher(keep)
+            if keep:
+                launches[rows.shape[0]] = found
+        quantize, multiply = found
         quantize(rows, quantized, unit)
         multiply(quantized, unit, out)
         return out

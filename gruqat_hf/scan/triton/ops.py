@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from .. import replay
 from ..inputs import ScanInputs, natural_order
 from ..spec import ScanSpec, SpecTensors, flatten, restore
-from .choice import family_rules, interleaved_programs
+from .choice import family_rules, interleaved_programs, refuses_shape
 from .family import ScanGradients, kernels, needs_operators
 
 #: "1" computes gates again in the backward pass instead of keeping ``4 * T * B * H`` values between the passes.
@@ -120,7 +120,10 @@ def _sum_of_rows(result: ScanGradients, interleaved: int) -> Tensor:
 
 
 def _scan_forward(gi: Tensor, h0: Tensor, bias_input: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _Scan.of(gi, h0, *args[:-1]).forward(args[-1])
+    scan = _Scan.of(gi, h0, *args[:-1])
+    if (reason := refuses_shape(gi, scan.spec.operand)) is not None:
+        raise ValueError(f"a compiled scan runs as it was compiled, by kernels, but {reason}; split the batch, or compile less")
+    return scan.forward(args[-1])
 
 
 def _empty_outputs(gi: Tensor, h0: Tensor, bias_input: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor]:

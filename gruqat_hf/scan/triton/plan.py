@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from threading import Lock
 from typing import Any
 
 import torch
@@ -38,8 +39,9 @@ class LayerPlan:
         self._product = input_product(weights, programs)
         self._prepared: dict[str, Any] = {}
         self._launches: dict[tuple[Any, ...], _Launch] = {}
-        self._zeros: list[Tensor] = []
+        self._zeros: dict[torch.dtype, list[Tensor]] = {}
         self._initial_states: dict[tuple[Any, ...], Tensor] = {}
+        self._lock = Lock()
         self._readiness = Readiness()
         self._readiness.record(next(iter(weights.hidden.factors.values())).values.device)
 
@@ -54,18 +56,15 @@ class LayerPlan:
         key = (steps, rows, reverse, mask is None, gi.dtype, h0.dtype)
         launch = self._launches.get(key)
         if launch is None:
-            launch = self._launch(gi, h0, mask, reverse, states)
-            if not is_capturing(gi.device):
-                self._launches[key] = launch
-                self._readiness.record(gi.device)
+            launch = self._prepare(key, gi, h0, mask, reverse, states)
+        self._readiness.wait(x.device)  # for what another thread may have prepared meanwhile
         launch(gi, h0, mask, states)
         return states, states[0 if reverse else -1]
 
     def _initial(self, gi: Tensor, h0: Tensor | None) -> Tensor:
         """The first state on the carried state's grid, aligned as kernels were compiled for."""
         if h0 is None:
-            key = (gi.shape[1], gi.dtype)
-            zeros = self._initial_states.get(key)
+            zeros = self._initial_states.get((gi.shape[1], gi.dtype))
             return self._zeros_like(gi) if zeros is None else zeros
         state = self._weights.grids.state
         h0 = h0 if state is None else state.round_trip(h0)
@@ -74,19 +73,36 @@ class LayerPlan:
     def _zeros_like(self, gi: Tensor) -> Tensor:
         """Zeros ``[B, H]`` for ``gi`` ``[T, B, 3, H]``, the first rows of a tensor with room for the largest batch so far.
 
-        Smaller ones that it replaces are kept: a CUDA graph may read them. All of them together are no larger than the last.
+        Smaller ones that it replaces are kept: a CUDA graph may read them. All of a dtype together are no larger than the last.
         """
         rows = gi.shape[1]
-        if not self._zeros or self._zeros[-1].shape[0] < rows or self._zeros[-1].dtype != gi.dtype:
-            if is_capturing(gi.device):
-                return gi.new_zeros((rows, self._hidden))
-            self._zeros.append(gi.new_zeros((power_of_two(rows), self._hidden)))
-            self._readiness.record(gi.device)
-        zeros = self._initial_states[rows, gi.dtype] = self._zeros[-1][:rows]
-        return zeros
+        with self._lock:
+            kept = self._zeros.setdefault(gi.dtype, [])
+            if not kept or kept[-1].shape[0] < rows:
+                if is_capturing(gi.device):
+                    return gi.new_zeros((rows, self._hidden))
+                zeros = gi.new_zeros((power_of_two(rows), self._hidden))
+                self._readiness.record(gi.device)
+                kept.append(zeros)
+            first = self._initial_states[rows, gi.dtype] = kept[-1][:rows]
+        return first
 
-    def _launch(self, gi: Tensor, h0: Tensor, mask: Tensor | None, reverse: bool, states: Tensor) -> _Launch:
-        """How to fill the states of scans of these shapes."""
+    def _prepare(
+        self, key: tuple[Any, ...], gi: Tensor, h0: Tensor, mask: Tensor | None, reverse: bool, states: Tensor
+    ) -> _Launch:
+        """How to fill the states of scans of these shapes; kept, but for what a capture prepares. Another thread that wants the
+        same waits, and finds it only when the streams that are to wait for it will."""
+        if is_capturing(gi.device):
+            return self._launch(gi, h0, mask, reverse, states, keep=False)
+        with self._lock:
+            if (found := self._launches.get(key)) is None:
+                found = self._launch(gi, h0, mask, reverse, states, keep=True)
+                self._readiness.record(gi.device)
+                self._launches[key] = found
+        return found
+
+    def _launch(self, gi: Tensor, h0: Tensor, mask: Tensor | None, reverse: bool, states: Tensor, keep: bool) -> _Launch:
+        """keep: look up what runs once for all calls; that launches it an additional time."""
         weights = self._weights
         inputs = ScanInputs(gi, h0, weights.hidden, weights.bias_hidden, weights.grids, mask, reverse, weights.quantized)
         family, _ = choose(inputs, self._candidates)
@@ -94,10 +110,9 @@ class LayerPlan:
             family, _ = choose(inputs)
         programs = 1 if family is None else interleaved_programs(family, weights.hidden)
         gi = self._in_order(gi, programs)
-        if programs == 1:
-            launch = self._kernel(family, inputs, gi, states)
-        else:
-            launch = self._interleaved(self._kernel(family, inputs, gi, states), states, programs)
+        launch = self._kernel(family, inputs, gi, states, keep)
+        if programs > 1:
+            launch = self._interleaved(launch, states, programs, keep)
         return lambda gi, h0, mask, states: launch(self._in_order(gi, programs), h0, mask, states)
 
     def _in_order(self, gi: Tensor, programs: int) -> Tensor:
@@ -109,11 +124,11 @@ class LayerPlan:
         gi = gi if self._programs == 1 else transposed(gi, self._hidden // self._programs)
         return gi if programs == 1 else transposed(gi, programs)
 
-    def _interleaved(self, scan: _Launch, states: Tensor, programs: int) -> _Launch:
+    def _interleaved(self, scan: _Launch, states: Tensor, programs: int, keep: bool) -> _Launch:
         """The launch of a scan whose states are in exchange order, and one that brings them into natural order."""
         from .transposition import transposition
 
-        reorder = transposition(torch.empty_like(states), states, self._hidden // programs).compiled()
+        reorder = transposition(torch.empty_like(states), states, self._hidden // programs).launcher(keep)
 
         def launch(gi: Tensor, h0: Tensor, mask: Tensor | None, states: Tensor) -> None:
             scanned = torch.empty_like(states)
@@ -122,7 +137,7 @@ class LayerPlan:
 
         return launch
 
-    def _kernel(self, family: str | None, inputs: ScanInputs, gi: Tensor, states: Tensor) -> _Launch:
+    def _kernel(self, family: str | None, inputs: ScanInputs, gi: Tensor, states: Tensor, keep: bool) -> _Launch:
         """The launch of a family's kernel, or of the reference."""
         h0, reverse = inputs.h0, inputs.reverse
         if family is None:
@@ -131,12 +146,12 @@ class LayerPlan:
         prepared = self._prepared.get(family)
         if prepared is None:
             prepared = forward.prepare(spec_of(inputs))
-            if not is_capturing(gi.device):
+            if keep:
                 self._prepared[family] = prepared
         call = forward.call(prepared, gi, h0, inputs.mask, reverse, states, None) if hasattr(forward, "call") else None
         if call is None:
             return lambda gi, h0, mask, states: forward.forward(prepared, gi, h0, mask, reverse, states, None)
-        run = call.compiled()
+        run = call.launcher(keep)
         return lambda gi, h0, mask, states: run(gi, h0, mask, states, None)
 
     def _reference(self, gi: Tensor, h0: Tensor, mask: Tensor | None, reverse: bool, states: Tensor) -> None:
