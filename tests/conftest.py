@@ -35,6 +35,8 @@ def _same_random_numbers_everywhere() -> Iterator[None]:
     """Every test starts from seed 0 and leaves the process's settings as they were."""
     torch.manual_seed(0)
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    precision = torch.get_float32_matmul_precision()
     yield
+    torch.set_float32_matmul_precision(precision)
     torch.set_num_threads(threads)
     torch.set_default_dtype(dtype)
