@@ -73,7 +73,7 @@ class LayerPlan:
     def _zeros_like(self, gi: Tensor) -> Tensor:
         """Zeros ``[B, H]`` for ``gi`` ``[T, B, 3, H]``, the first rows of a tensor with room for the largest batch so far.
 
-        Smaller ones that it replaces are kept: a CUDA graph may read them. All of a dtype together are no larger than the last.
+        Smaller ones that it replaces are kept: a CUDA graph may read them. Together they are no larger than the last.
         """
         rows = gi.shape[1]
         with self._lock:
