@@ -60,11 +60,12 @@ def _gradients_of_rows(layer: GRULayer, x: torch.Tensor, dstates: torch.Tensor) 
 
 
 @pytest.mark.parametrize("strange", [torch.nan, torch.inf, 3e38])
-@pytest.mark.parametrize("backend", ["triton", "auto"])
+@pytest.mark.parametrize(
+    "kind, backend", [("cpu", KERNELS), *(pytest.param("cuda", name, marks=pytest.mark.gpu) for name in ("triton", "auto"))]
+)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_row_keeps_its_gradients_whatever_those_of_another_are(device, name, backend, strange):
-    if device.type == "cpu" and (backend == "auto" or KERNELS != "triton"):
-        pytest.skip("kernels run on the CPU in Triton's interpreter alone: NOT TESTED here")
+def test_a_row_keeps_its_gradients_whatever_those_of_another_are(name, kind, backend, strange):
+    device = torch.device(kind)
     steps, rows, hidden = (12, 3, 64) if device.type == "cpu" else (96, 9, 256)
     layer = build(FAMILIES[name], None, hidden, 16, device)
     layer.backend = backend

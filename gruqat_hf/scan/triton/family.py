@@ -104,7 +104,8 @@ class KernelCall:
         return launch(*self.io, *self.static, **self.constants, **options)
 
     def launcher(self, keep: bool) -> Callable[..., None]:
-        """:meth:`compiled` if it is kept; else what takes as long at every call, but launches nothing now."""
+        """A way to launch with other ``io``. keep: :meth:`compiled`, quick, and launched once now; else by :meth:`run` each time,
+        as a launch for nothing would be recorded into a CUDA graph."""
         return self.compiled() if keep else lambda *io: replace(self, io=io).run()
 
     def compiled(self) -> Callable[..., None]:

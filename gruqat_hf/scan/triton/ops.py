@@ -122,7 +122,7 @@ def _sum_of_rows(result: ScanGradients, interleaved: int) -> Tensor:
 def _scan_forward(gi: Tensor, h0: Tensor, bias_input: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     scan = _Scan.of(gi, h0, *args[:-1])
     if (reason := refuses_shape(gi, scan.spec.operand)) is not None:
-        raise ValueError(f"a compiled scan runs as it was compiled, by kernels, but {reason}; split the batch, or compile less")
+        raise ValueError(f"a compiled or exported scan runs by kernels, but {reason}; split the batch, or call the layer itself")
     return scan.forward(args[-1])
 
 

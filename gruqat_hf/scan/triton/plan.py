@@ -102,7 +102,11 @@ class LayerPlan:
         return found
 
     def _launch(self, gi: Tensor, h0: Tensor, mask: Tensor | None, reverse: bool, states: Tensor, keep: bool) -> _Launch:
-        """keep: look up what runs once for all calls; that launches it an additional time."""
+        """How to fill the states of scans of these shapes.
+
+        Args:
+            keep: whether it serves later calls too; see :meth:`KernelCall.launcher`.
+        """
         weights = self._weights
         inputs = ScanInputs(gi, h0, weights.hidden, weights.bias_hidden, weights.grids, mask, reverse, weights.quantized)
         family, _ = choose(inputs, self._candidates)
