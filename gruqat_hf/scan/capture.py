@@ -24,8 +24,9 @@ class Readiness:
         self._prepared: tuple[torch.cuda.Event, set[int]] | None = None
 
     def record(self, device: torch.device) -> None:
-        """Something was prepared on the current stream, which has waited for all that was prepared before."""
+        """Something was prepared on the current stream; who waits for it waits for all that was prepared before, too."""
         if device.type == "cuda" and not is_capturing(device):
+            self.wait(device)  # another thread may have prepared something since this one waited
             stream = torch.cuda.current_stream(device)
             self._prepared = stream.record_event(), {stream.cuda_stream}
 
