@@ -26,6 +26,7 @@ MORE = {
     **{f"blocks of {size}": ("block_diagonal", "dense", Case(4, 4, 4, size)) for size in (16, 40, 128)},
     "many rows": ("block_diagonal", "dense", Case(4, 128, 8, 64)),
     "blocks of 256": ("dense", "dense", Case(4, 4, 2, 256)),
+    "tiles that take turns": ("dense", "dense", Case(4, 200, 1, 512)),
     "monarch of 1024": ("monarch", "monarch", Case(4, 4, 8, 128)),
     "monarch of 16 blocks": ("monarch", "monarch", Case(4, 4, 16, 32)),
     "monarch of 4 blocks": ("monarch", "monarch", Case(4, 4, 4, 128)),

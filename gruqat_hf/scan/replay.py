@@ -105,18 +105,22 @@ def replay_product(
     reverse: bool,
     dgi: Tensor,
     dgh_n: Tensor,
+    dbias: Tensor | None = None,
     dbias_input: Tensor | None = None,
 ) -> SpecTensors:
     """Gradients of a block-diagonal operand's values and of the bias from those of the hidden product (``dgi`` of r and z,
     ``dgh_n``): matrix products over all rows, of tensors where they lie.
 
     Args:
+        dbias: that of the bias, where it is known; else the sums are taken here.
         dbias_input: the sums of ``dgi`` over steps and rows, ``[3, H]``, where they are known.
     """
     (factor,) = spec.operand.factors.values()
     grid = spec.grids.h
     dtype = factor.values.dtype if factor.values.is_floating_point() else torch.float32  # frozen: the bias alone trains
     integer = is_integer(factor, grid)
+    if dbias is None and wanted.bias:
+        dbias = hidden_bias(dgi, dgh_n, dbias_input)
     dgi, dgh_n = dgi[:, :, :2].to(dtype), dgh_n.unsqueeze(2).to(dtype)
     # The state before a step: the step's before it, or h0.
     first, later, before = (-1, slice(0, -1), states[1:]) if reverse else (0, slice(1, None), states[:-1])
@@ -131,11 +135,16 @@ def replay_product(
     if result is not None and factor.scale is not None:
         scale = grid.scale.reshape(-1, 1, 1, 1) * factor.scale if integer else factor.scale
         result = (result.unflatten(-1, (factor.groups, -1)) * scale.unsqueeze(-1)).flatten(-2)
-    bias = None
-    if wanted.bias:
-        of_r_and_z = column_sums(dgi.flatten(0, 1).flatten(1)).view(2, -1) if dbias_input is None else dbias_input[:2]
-        bias = torch.cat([of_r_and_z, column_sums(dgh_n.flatten(0, 1).flatten(1))[None]])
-    return SpecTensors(*(None,) * len(SpecTensors._fields))._replace(first=result, bias=bias)
+    return SpecTensors(*(None,) * len(SpecTensors._fields))._replace(first=result, bias=dbias if wanted.bias else None)
+
+
+def hidden_bias(dgi: Tensor, dgh_n: Tensor, dbias_input: Tensor | None) -> Tensor:
+    """The gradient of the hidden bias, ``[3, H]``; that of the input's, where it is known, has two of its three rows."""
+    if dbias_input is None:
+        of_r_and_z = column_sums(dgi[:, :, :2].flatten(0, 1).flatten(1)).view(2, -1)
+    else:
+        of_r_and_z = dbias_input[:2]
+    return torch.cat([of_r_and_z, column_sums(dgh_n.flatten(0, 1))[None]])
 
 
 def _outer_products(d: Tensor, h: Tensor, factor: Factor) -> Tensor:

@@ -22,7 +22,7 @@ from ..triton.device import constant
 from ..triton.family import KernelCall
 
 #: Most threads and shared memory of a program of ours; one of them has a processor for itself.
-_THREADS, _SHARED_BYTES = 256, 120 * 1024
+_THREADS, _SHARED_BYTES = 256, 208 * 1024
 #: Numbers of the driver's attributes.
 _MAX_DYNAMIC_SHARED, _NON_PORTABLE_CLUSTER, _CLUSTER_DIMENSION = 8, 14, 4
 
@@ -39,30 +39,34 @@ class ClusterCall(KernelCall):
 
     Attributes:
         cluster: its programs; the grid's first dimension is 1.
+        exchange: bytes of shared memory beyond Triton's own, for :mod:`.exchange`.
         registers: of a thread at most, if the compiler is not to weigh them against more programs on a processor.
     """
 
     cluster: int = 1
+    exchange: int = 0
     registers: int | None = None
 
     def _options(self) -> tuple[Any, ...]:
-        return *super()._options(), self.cluster, self.registers
+        return *super()._options(), self.cluster, self.exchange, self.registers
 
     def _launch(self) -> Any:
         arguments = (*self.io, *self.static)
         options = {"num_warps": self.warps, "enable_fp_fusion": not self.portable, "maxnreg": self.registers}
         compiled = self.kernel.warmup(*arguments, grid=self.grid, **self.constants, **options)
-        compiled.packed_metadata = (self.warps, self.cluster, compiled.metadata.shared)
-        _allow_shared(compiled)
+        shared = -(-compiled.metadata.shared // 128) * 128 + self.exchange
+        compiled.packed_metadata = (self.warps, self.cluster, shared)
+        _allow_shared(compiled, shared)
         compiled[self.grid](*arguments, *self.constants.values())
         return compiled
 
 
-def _allow_shared(compiled: Any) -> None:
-    """Allow a kernel its shared memory: Triton does so where its own passes 48 KB, but the exchange's comes on top of that."""
+def _allow_shared(compiled: Any, size: int) -> None:
+    """Allow a kernel so much dynamic shared memory: Triton does so only where its own passes 48 KB."""
     compiled._init_handles()
     cuda = ctypes.CDLL("libcuda.so.1")
-    cuda.cuFuncSetAttribute(ctypes.c_void_p(compiled.function), _MAX_DYNAMIC_SHARED, compiled.metadata.shared)
+    if error := cuda.cuFuncSetAttribute(ctypes.c_void_p(compiled.function), _MAX_DYNAMIC_SHARED, size):
+        raise RuntimeError(f"the GPU's driver refuses a kernel its {size} bytes of shared memory (CUresult {error})")
 
 
 class _Attribute(ctypes.Structure):
@@ -98,6 +102,7 @@ def clusters_at_once(size: int, index: int | None) -> int:
     attribute.value[:3] = (size, 1, 1)
     config = _Config(shared=_SHARED_BYTES, attributes=ctypes.pointer(attribute), count=1)
     config.sizes[:] = (size, 1, 1, _THREADS, 1, 1)
+    torch.cuda.init()
     ordinal = torch.cuda.current_device() if index is None else index
     if cuda.cuDeviceGet(ctypes.byref(device), ordinal) or cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device):
         return 0

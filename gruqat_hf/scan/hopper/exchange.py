@@ -10,8 +10,10 @@ meet at a barrier in between, two slots in turn are enough: whoever has all of r
 ``i``. Where warps go on by themselves it takes three: all of round ``i + 2`` comes from programs that have all of round ``i +
 1``, which comes from warps that have read round ``i``.
 
-The address of Triton's own shared memory cannot be had, so the area is declared in PTX, once for a kernel, by
-:func:`open_exchange`. Gluon knows nothing of it: values come from and go to registers. ``AREA`` is what :func:`area_shape` gives.
+Triton's own shared memory begins where ``global_smem`` says, a name of its PTX, and what it allocates there has no address that a
+kernel could ask for. So a launch asks for more than Triton does, by :func:`area_bytes`, and the area is the end of it, which only
+:func:`open_exchange` knows: Gluon does not, values come from and go to registers. ``AREA`` is what :func:`area_shape` gives, and
+``base`` the area's address.
 """
 
 from __future__ import annotations
@@ -26,6 +28,12 @@ def area_shape(BYTES, TIMES=1, EXTRA=0):
 
 
 @constexpr_function
+def area_bytes(AREA):
+    """Shared memory that an area takes, with its barriers: a multiple of 128."""
+    return -(-(sum(AREA) + 8 * len(AREA)) // 128) * 128
+
+
+@constexpr_function
 def _place(AREA, SLOT):
     """Where a slot and its barrier are in the area, and the slot's bytes."""
     return sum(AREA[:SLOT]), sum(AREA) + 8 * SLOT, AREA[SLOT]
@@ -34,46 +42,45 @@ def _place(AREA, SLOT):
 @constexpr_function
 def _open_text(AREA):
     places = [_place(AREA, slot) for slot in range(len(AREA))]
-    text = f""".shared .align 128 .b8 gruqat_exchange[{sum(AREA) + 8 * len(AREA)}];
-        {{ .reg .pred first; .reg .b32 area, thread; .reg .b64 state;
-        mov.u32 area, gruqat_exchange; mov.u32 thread, %tid.x; setp.eq.u32 first, thread, 0;
+    text = f"""{{ .reg .pred first; .reg .b32 begin, size, thread; .reg .b64 state;
+        mov.u32 begin, global_smem; mov.u32 size, %dynamic_smem_size;
+        add.u32 $0, begin, size; sub.u32 $0, $0, {area_bytes(AREA)};
+        mov.u32 thread, %tid.x; setp.eq.u32 first, thread, 0;
         """
     for _, barrier, _ in places:
-        text += f"@first mbarrier.init.shared::cta.b64 [area+{barrier}], 1;\n"
+        text += f"@first mbarrier.init.shared::cta.b64 [$0+{barrier}], 1;\n"
     text += "@first fence.mbarrier_init.release.cluster;\n"
     for _, barrier, size in places:
-        text += f"@first mbarrier.arrive.expect_tx.shared::cta.b64 state, [area+{barrier}], {size};\n"
-    return text + "barrier.cluster.arrive.release; barrier.cluster.wait.acquire; mov.u32 $0, 0; }"
+        text += f"@first mbarrier.arrive.expect_tx.shared::cta.b64 state, [$0+{barrier}], {size};\n"
+    return text + "barrier.cluster.arrive.release; barrier.cluster.wait.acquire; }"
 
 
 @constexpr_function
 def _wait_text(AREA, SLOT, AGAIN):
     _, barrier, size = _place(AREA, SLOT)
-    text = f"""{{ .reg .pred done; .reg .b32 area, thread; .reg .b64 state;
-        mov.u32 area, gruqat_exchange;
-        again: mbarrier.try_wait.parity.shared::cta.b64 done, [area+{barrier}], $1;
+    text = f"""{{ .reg .pred done; .reg .b32 thread; .reg .b64 state;
+        again: mbarrier.try_wait.parity.shared::cta.b64 done, [$1+{barrier}], $2;
         @!done bra again;
         """
     if AGAIN:
         text += f"""mov.u32 thread, %tid.x; setp.eq.u32 done, thread, 0;
-        @done mbarrier.arrive.expect_tx.shared::cta.b64 state, [area+{barrier}], {size};
+        @done mbarrier.arrive.expect_tx.shared::cta.b64 state, [$1+{barrier}], {size};
         """
     return text + "mov.u32 $0, 0; }"
 
 
 @constexpr_function
 def _read_text(AREA, SLOT, COUNT, STRIDE):
-    text = f"{{ .reg .b32 at; mov.u32 at, gruqat_exchange; add.u32 at, at, ${4 * COUNT};\n"
+    text = ""
     for i in range(COUNT):
         words = ", ".join(f"${4 * i + word}" for word in range(4))
-        text += f"ld.shared.v4.b32 {{{words}}}, [at+{_place(AREA, SLOT)[0] + i * STRIDE}];\n"
-    return text + "}"
+        text += f"ld.shared.v4.b32 {{{words}}}, [${4 * COUNT}+{_place(AREA, SLOT)[0] + i * STRIDE}];\n"
+    return text
 
 
 @constexpr_function
 def _read_one_text(AREA, SLOT, BITS):
-    slot = _place(AREA, SLOT)[0]
-    return f"{{ .reg .b32 at; mov.u32 at, gruqat_exchange; add.u32 at, at, $1; ld.shared.b{BITS} $0, [at+{slot}]; }}"
+    return f"ld.shared.b{BITS} $0, [$1+{_place(AREA, SLOT)[0]}];"
 
 
 @constexpr_function
@@ -94,8 +101,12 @@ def _registers(OUTPUTS, INPUTS):
 
 @jit
 def open_exchange(AREA: gl.constexpr):
-    """Declare the area and await all programs: from here on they may send, each slot's first round."""
-    gl.inline_asm_elementwise(_open_text(AREA), "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    """Await all programs: from here on they may send, each slot's first round. Gives ``base``."""
+    # Were this all that a kernel has of Triton's memory, its PTX would not know the name.
+    LINE: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    line = gl.allocate_shared_memory(gl.int32, [32], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    line.store(gl.full([32], 0, gl.int32, layout=LINE))
+    return gl.inline_asm_elementwise(_open_text(AREA), "=&r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @jit
@@ -106,24 +117,25 @@ def close_exchange():
 
 
 @jit
-def area_of(rank):
+def area_of(rank, base):
     """The address of the area of the program ``rank``, for each element."""
-    TEXT: gl.constexpr = "{ .reg .b32 area; mov.u32 area, gruqat_exchange; mapa.shared::cluster.u32 $0, area, $1; }"
-    return gl.inline_asm_elementwise(TEXT, "=r,r", [rank], dtype=gl.int32, is_pure=False, pack=1)
+    TEXT: gl.constexpr = "mapa.shared::cluster.u32 $0, $1, $2;"
+    return gl.inline_asm_elementwise(TEXT, "=r,r,r", [rank * 0 + base, rank], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @jit
-def wait_for_round(count, SLOT: gl.constexpr, AREA: gl.constexpr, AGAIN: gl.constexpr = True):
+def wait_for_round(base, count, SLOT: gl.constexpr, AREA: gl.constexpr, AGAIN: gl.constexpr = True):
     """Until all of a slot's round is here, the first of which has ``count`` 0. AGAIN: another one will come."""
     TEXT: gl.constexpr = _wait_text(AREA, SLOT, AGAIN)
-    gl.inline_asm_elementwise(TEXT, "=r,r", [count % 2], dtype=gl.int32, is_pure=False, pack=1)
+    gl.inline_asm_elementwise(TEXT, "=r,r,r", [base, count % 2], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @jit
 def read_chunks(
     at, SLOT: gl.constexpr, AREA: gl.constexpr, COUNT: gl.constexpr, STRIDE: gl.constexpr, DTYPE: gl.constexpr = gl.float16
 ):
-    """Values in the layout of ``at``: a thread's are COUNT chunks of 16 bytes, STRIDE apart from its first ``at`` on."""
+    """Values in the layout of ``at``: a thread's are COUNT chunks of 16 bytes, STRIDE apart from its first ``at`` on, which is
+    ``base`` plus the place in a slot."""
     TEXT: gl.constexpr = _read_text(AREA, SLOT, COUNT, STRIDE)
     PACK: gl.constexpr = 128 // DTYPE.primitive_bitwidth * COUNT
     REGISTERS: gl.constexpr = _registers(4 * COUNT, PACK)
@@ -132,7 +144,7 @@ def read_chunks(
 
 @jit
 def read_halves(at, SLOT: gl.constexpr, AREA: gl.constexpr):
-    """The fp16 value at each ``at``."""
+    """The fp16 value at each ``at``, likewise."""
     return gl.inline_asm_elementwise(_read_one_text(AREA, SLOT, 16), "=h,r", [at], dtype=gl.float16, is_pure=False, pack=1)
 
 
@@ -145,7 +157,7 @@ def read_pairs(at, SLOT: gl.constexpr, AREA: gl.constexpr):
 
 @jit
 def read_floats(at, SLOT: gl.constexpr, AREA: gl.constexpr):
-    """The fp32 value at each ``at``."""
+    """The fp32 value at each ``at``, likewise."""
     return gl.inline_asm_elementwise(_read_one_text(AREA, SLOT, 32), "=f,r", [at], dtype=gl.float32, is_pure=False, pack=1)
 
 

@@ -33,7 +33,7 @@ def register(name: str, rules: ModuleType) -> None:
 
 
 def family_rules(name: str) -> ModuleType:
-    """The package of a family: its ``refuses``, ``SAVES_GATES`` and ``SUMS_WEIGHTS``."""
+    """The package of a family: its ``refuses``, ``SAVES_GATES``, ``SUMS_WEIGHTS``, and ``SUMS_BIAS`` where it sums no weights."""
     return _FAMILIES[name]
 
 

@@ -157,7 +157,8 @@ def _empty_gradients(gi: Tensor, h0: Tensor, *args: Any) -> list[Tensor]:
     scan = _Scan.of(gi, h0, *spec_args)
     first, *rest = (factor.values for factor in scan.spec.operand.factors.values())
     second = rest[0] if rest else None
-    sums = family_rules(scan.family).SUMS_WEIGHTS
+    rules = family_rules(scan.family)
+    sums = rules.SUMS_WEIGHTS
     bias = gi.new_empty((3, gi.shape[-1]), dtype=torch.float32)
     result = ScanGradients(
         dgi=torch.empty_like(gi),
@@ -165,7 +166,7 @@ def _empty_gradients(gi: Tensor, h0: Tensor, *args: Any) -> list[Tensor]:
         dgh_n=None if sums else torch.empty_like(gi[:, :, 0], memory_format=torch.contiguous_format),
         adjoint=torch.empty_like(states, dtype=torch.float32) if want_adjoint else None,
         dfirst=torch.empty_like(first, dtype=torch.float32) if sums and want_weights else None,
-        dbias=bias if sums and want_weights else None,
+        dbias=bias if (sums or rules.SUMS_BIAS) and want_weights else None,
         dsecond=torch.empty_like(second, dtype=torch.float32) if sums and want_weights and second is not None else None,
         dbias_input=torch.empty_like(bias) if want_bias_input else None,
     )
@@ -220,7 +221,8 @@ def _gradients(ctx: Any, dstates: Tensor | None, dlast: Tensor | None, by_operat
     elif needs_weights and result.dfirst is not None:
         found = found._replace(first=result.dfirst, second=result.dsecond, bias=result.dbias)
     elif needs_weights:
-        found = replay.replay_product(scan.spec, needs, h0, states, scan.reverse, result.dgi, result.dgh_n, result.dbias_input)
+        known = result.dgi, result.dgh_n, result.dbias, result.dbias_input
+        found = replay.replay_product(scan.spec, needs, h0, states, scan.reverse, *known)
     weights = [
         gradient.to(tensor.dtype) if needed and gradient is not None else None
         for gradient, tensor, needed in zip(found, tensors, needs)

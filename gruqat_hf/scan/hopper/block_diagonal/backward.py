@@ -1,7 +1,8 @@
 """Backward scan of a block-diagonal operand on Hopper.
 
 From the last step of the scan to the first. A step waits for: gradient of its state times three coefficients, these to shared
-memory, barrier, product with the transposed weights. Coefficients follow from saved gates and states alone, and are ready before.
+memory, barrier, product with the transposed weights. Coefficients follow from saved gates and states alone, and are ready before:
+each step reads what the next but one needs.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from ...triton.family import KernelCall, ScanGradients, aligned
 from ...triton.magnitude import largest_magnitudes
 from ...triton.math import in_range, load_grid
 from ...triton.weight_gradient import weight_gradient
-from ..gluon import gl, jit, mma_v2, wait_for_copies
+from ..gluon import gl, jit, wait_for_copies
 from ..gradients import coefficients, powers
-from ..layouts import gate_layout, load_weights, product_layout, to_columns, to_gates
-from ..staging import fetch_step, operands, read, rings
+from ..layouts import gate_layout, product_layout
+from ..staging import operands
 from . import STAGES, rows_of_tile
+from .folding import is_folded, load_sides, multiply, multiply_two, to_right
+from .steps import fetch, pair_source, rings, saved_source, take
 
 __all__ = ["backward", "prepare"]
 
@@ -35,23 +38,23 @@ prepare = portable.prepare
 def _backward(
     h0, mask, states, gates, dstates, dlast, dgi, dgh_n, dh0, adjoint, sums, largest_gradient, weight, h_grid, T, B,
     H: gl.constexpr, SIZE: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr,
-    RESCALE: gl.constexpr, REVERSE: gl.constexpr,
+    RESCALE: gl.constexpr, CLIPPED: gl.constexpr, REVERSE: gl.constexpr,
 ):  # fmt: skip
     """Program (k, j): block k of rows j * ROWS and on. Parameters, and the powers of two, as in the portable tier's kernel.
 
-    Steps go in pairs, each with shared memory of its own, as in the forward kernel.
+    CLIPPED: the carried state has a grid, so that saved gates may be marked. Steps go in pairs, each with shared memory of its
+    own, as in the forward kernel. What is outside of a tensor is zero, and stays zero: it needs no other care than at stores.
     """
     GATES: gl.constexpr = gate_layout(BLOCK, ROWS)
-    PRODUCT: gl.constexpr = product_layout(BLOCK)
-    RIGHT: gl.constexpr = gl.DotOperandLayout(1, PRODUCT, 2)
+    RIGHT: gl.constexpr = gl.DotOperandLayout(1, product_layout(BLOCK), 2)
     SLOTS: gl.constexpr = STAGES // 2
     k = gl.program_id(0)
     first_row = gl.program_id(1) * ROWS
     gate_stride: gl.constexpr = (H // SIZE) * BLOCK * BLOCK
     tile = weight + k * BLOCK * BLOCK
-    w_r = load_weights(tile, BLOCK)
-    w_z = load_weights(tile + gate_stride, BLOCK)
-    w_n = load_weights(tile + 2 * gate_stride, BLOCK)
+    w_r = load_sides(tile, BLOCK, ROWS)
+    w_z = load_sides(tile + gate_stride, BLOCK, ROWS)
+    w_n = load_sides(tile + 2 * gate_stride, BLOCK, ROWS)
     if h_grid is not None:
         _, h_inv, h_low, h_high = load_grid(h_grid, 0, 1)
 
@@ -63,99 +66,122 @@ def _backward(
     sign: gl.constexpr = 1 if REVERSE else -1
     start = gl.to_tensor(0).to(gl.int64) if REVERSE else (T - 1).to(gl.int64)
     step = row * sign
-    inside = (s < SIZE)[:, None] & (b < B)[None, :]
-    offset = b[None, :] * H + c[:, None]
-    wide = b[None, :] * (3 * H) + c[:, None]
-    initial = gl.load(h0 + offset, mask=inside, other=0.0).to(gl.float32)
-    carry = gl.load(dlast + offset, mask=inside, other=0.0).to(gl.float32)
     at = start * row
-    if mask is not None:
-        mask_p = mask + start * B + b
+    inside = (s < SIZE)[:, None] & (b < B)[None, :]
+    # A thread's elements share the first of these: one comparison does for both.
+    row_end = gl.where(b < B, T, 0)
+    end = gl.where(inside, T, 0)
+    offset = b[None, :] * H + c[:, None]
+    dgi_p = dgi + at * 3 + (b[None, :] * (3 * H) + c[:, None])
+    dgh_p = dgh_n + at + offset
+    if adjoint is not None:
+        adjoint_p = adjoint + at + offset
+    initial = gl.load(h0 + offset, mask=inside, other=0.0).to(gl.float32)
 
     even = rings(gates.dtype.element_ty, states.dtype.element_ty, SLOTS, BLOCK, ROWS)
     odd = rings(gates.dtype.element_ty, states.dtype.element_ty, SLOTS, BLOCK, ROWS)
-    ahead = at
-    for i in gl.static_range(STAGES):
-        fetch_step(
-            even if i % 2 == 0 else odd, i // 2, gates, dstates, states, ahead, step, first_row, k * SIZE, SIZE, i, T, B, H
-        )
-        ahead += step
-    x_even = operands(BLOCK)
-    x_odd = operands(BLOCK)
-    zeros = gl.full([BLOCK, 8], 0.0, gl.float32, layout=PRODUCT)
+    saved_p, saved_end = saved_source(gates + at, first_row, k * SIZE, SIZE, T, B, H, BLOCK, ROWS)
+    pair_p, pair_end = pair_source(dstates + at, states + (at + step), first_row, k * SIZE, SIZE, T, B, H, BLOCK, ROWS)
+    for ahead in gl.static_range(STAGES):
+        fetch(even if ahead % 2 == 0 else odd, ahead // 2, ahead, saved_p, saved_end, pair_p, pair_end)
+        saved_p += step
+        pair_p += step
+    x_even = operands(BLOCK // 2 if is_folded(BLOCK, ROWS) else BLOCK)
+    x_odd = operands(BLOCK // 2 if is_folded(BLOCK, ROWS) else BLOCK)
     db_r = gl.full([BLOCK, ROWS], 0.0, gl.float32, layout=GATES)
     db_z = db_r
     db_n = db_r
     db_in = db_r
-    up = gl.full([ROWS], 0.0, gl.float32, layout=gl.SliceLayout(0, GATES))
-    down = up
 
-    wait_for_copies(STAGES - 1)
-    h = read(even[2], 0, GATES).to(gl.float32)
-    h = gl.where(T == 1, initial, h)
-    runs = inside
+    runs = None
     if mask is not None:
-        runs = inside & (gl.load(mask_p, mask=b < B, other=0) != 0)[None, :]
-    c_r, c_z, c_hn, c_n, direct = coefficients(read(even[0], 0, GATES), h, runs)
-    d = read(even[1], 0, GATES).to(gl.float32)
+        mask_p = mask + start * B + b
+        runs = (gl.load(mask_p, mask=b < B, other=0) != 0)[None, :]
+        runs_1 = (gl.load(mask_p + sign * B, mask=1 < row_end, other=0) != 0)[None, :]
+        runs_2 = (gl.load(mask_p + 2 * sign * B, mask=2 < row_end, other=0) != 0)[None, :]
+    wait_for_copies(STAGES - 2)
+    saved, d, h = take(even, 0, GATES)
+    next_saved, next_d, next_h = take(odd, 0, GATES)
+    fetch(even, 0, STAGES, saved_p, saved_end, pair_p, pair_end)
+    saved_p += step
+    pair_p += step
+    h = gl.where(T == 1, initial, h)
+    c_r, c_z, c_hn, c_n, direct = coefficients(saved, h, runs, CLIPPED)
+    grad = gl.load(dlast + offset, mask=inside, other=0.0).to(gl.float32) + d
 
-    for i in range(0, T, 2):
-        if i % RESCALE == 0:
-            up, down = powers(gl.maximum(gl.max(gl.abs(carry), axis=0), peak), 4)
-        for u in gl.static_range(2):
-            grad = d + carry
-            scaled = d * up[None, :] + carry * up[None, :]
-            x = x_even if u == 0 else x_odd
-            x[0].store(to_columns((scaled * c_r).to(gl.float16)))
-            x[1].store(to_columns((scaled * c_z).to(gl.float16)))
-            x[2].store(to_columns((scaled * c_hn).to(gl.float16)))
-            wait_for_copies(STAGES - 2)
-            right_r = x[0].load(RIGHT)
-            right_z = x[1].load(RIGHT)
-            right_n = x[2].load(RIGHT)
-            slot = (i // 2) % SLOTS
-            going = even if u == 0 else odd
-            fetch_step(going, slot, gates, dstates, states, ahead, step, first_row, k * SIZE, SIZE, i + u + STAGES, T, B, H)
-            ahead += step
-            total = to_gates(mma_v2(w_r, right_r, zeros), ROWS)
-            total_z = to_gates(mma_v2(w_z, right_z, zeros), ROWS)
-            total_n = to_gates(mma_v2(w_n, right_n, zeros), ROWS)
-
-            here = inside & (i + u < T)
-            if adjoint is not None:
-                gl.store(adjoint + at + offset, gl.where(runs, grad, 0.0), mask=here)
-            da_r = grad * c_r
-            da_z = grad * c_z
-            dh_n = grad * c_hn
-            dgi_p = dgi + at * 3 + wide
-            gl.store(dgi_p, da_r.to(dgi.dtype.element_ty), mask=here)
-            gl.store(dgi_p + H, da_z.to(dgi.dtype.element_ty), mask=here)
-            da_n = grad * c_n
-            gl.store(dgi_p + 2 * H, da_n.to(dgi.dtype.element_ty), mask=here)
-            gl.store(dgh_n + at + offset, dh_n.to(dgi.dtype.element_ty), mask=here)
-            at += step
-            db_r += da_r
-            db_z += da_z
-            db_n += dh_n
-            db_in += da_n
-            weighted = gl.full([BLOCK, ROWS], 1.0, gl.float32, layout=GATES) * down[None, :]
-            if h_grid is not None:
-                weighted = gl.where(in_range(h, h_inv, h_low, h_high), weighted, 0.0)
-            passed = grad * direct
-
-            # The next step's coefficients, while the product is on its way.
-            coming = odd if u == 0 else even
-            next_slot = slot if u == 0 else (i // 2 + 1) % SLOTS
-            h = read(coming[2], next_slot, GATES).to(gl.float32)
-            h = gl.where(i + u + 2 == T, initial, h)
-            runs = inside & (i + u + 1 < T)
+    for first in range(0, T, RESCALE):
+        up, down = powers(gl.maximum(gl.max(gl.abs(grad), axis=0), peak), 4)
+        scaled = grad * up[None, :]
+        for i in range(first, gl.minimum(first + RESCALE, T), 2):
+            slot = (i >> 1) & (SLOTS - 1)
+            next_slot = (slot + 1) & (SLOTS - 1)
             if mask is not None:
-                mask_p += sign * B
-                runs = runs & (gl.load(mask_p, mask=(b < B) & (i + u + 1 < T), other=0) != 0)[None, :]
-            c_r, c_z, c_hn, c_n, direct = coefficients(read(coming[0], next_slot, GATES), h, runs)
-            d = read(coming[1], next_slot, GATES).to(gl.float32)
-            carry = (total + (total_z + total_n)) * weighted + passed
-    gl.store(dh0 + offset, carry.to(dh0.dtype.element_ty), mask=inside)
+                runs_3 = (gl.load(mask_p + 3 * sign * B, mask=i + 3 < row_end, other=0) != 0)[None, :]
+                mask_p += 2 * sign * B
+                runs_4 = (gl.load(mask_p + 2 * sign * B, mask=i + 4 < row_end, other=0) != 0)[None, :]
+            for u in gl.static_range(2):
+                x = x_even if u == 0 else x_odd
+                x[0].store(to_right((scaled * c_r).to(gl.float16)))
+                x[1].store(to_right((scaled * c_z).to(gl.float16)))
+                x[2].store(to_right((scaled * c_hn).to(gl.float16)))
+                wait_for_copies(STAGES - 2)
+                right_r = x[0].load(RIGHT)
+                right_z = x[1].load(RIGHT)
+                right_n = x[2].load(RIGHT)
+                # All else, while the product is on its way.
+                here = i + u < end
+                if adjoint is not None:
+                    gl.store(adjoint_p, grad if mask is None else gl.where(runs, grad, 0.0), mask=here)
+                    adjoint_p += step
+                da_r = grad * c_r
+                da_z = grad * c_z
+                da_n = grad * c_n
+                dh_n = grad * c_hn
+                gl.store(dgi_p, da_r.to(dgi.dtype.element_ty), mask=here)
+                gl.store(dgi_p + H, da_z.to(dgi.dtype.element_ty), mask=here)
+                gl.store(dgi_p + 2 * H, da_n.to(dgi.dtype.element_ty), mask=here)
+                gl.store(dgh_p, dh_n.to(dgi.dtype.element_ty), mask=here)
+                dgi_p += step * 3
+                dgh_p += step
+                # The next step has been read: its slot is free for the one that takes its turn. That after it is read below, from
+                # the other ring, for which the compiler asks no further barrier.
+                fetch(
+                    odd if u == 0 else even, slot if u == 0 else next_slot, i + u + 1 + STAGES,
+                    saved_p, saved_end, pair_p, pair_end,
+                )  # fmt: skip
+                saved_p += step
+                pair_p += step
+                db_r += da_r
+                db_z += da_z
+                db_n += dh_n
+                db_in += da_n
+                total_rz = multiply_two(w_r, right_r, w_z, right_z, ROWS)
+                total_n = multiply(w_n, right_n, ROWS)
+
+                if h_grid is not None:
+                    passes = in_range(h, h_inv, h_low, h_high)
+
+                h = gl.where((i + u + 2 == row_end)[None, :], initial, next_h)
+                rest = grad * direct + next_d
+                if mask is not None:
+                    runs = runs_1 if u == 0 else runs_2
+                    comes = runs
+                else:
+                    # The second step of a last pair may be none.
+                    comes = (i + 1 < row_end)[None, :] if u == 0 else None
+                c_r, c_z, c_hn, c_n, direct = coefficients(next_saved, h, comes, CLIPPED)
+                next_saved, next_d, next_h = take(even if u == 0 else odd, next_slot, GATES)
+                total = total_rz + total_n
+                if h_grid is not None:
+                    total = gl.where(passes, total, 0.0)
+                # Both at once: what the next step stores first does not wait for the unscaled gradient.
+                scaled = total + rest * up[None, :]
+                grad = total * down[None, :] + rest
+            if mask is not None:
+                runs_1 = runs_3
+                runs_2 = runs_4
+    # There is no step after the last, whose gradient would be added.
+    gl.store(dh0 + offset, grad.to(dh0.dtype.element_ty), mask=inside)
     sums_p = sums + gl.program_id(1) * H + c
     gate = gl.num_programs(1) * H
     sum_r = gl.sum(db_r, axis=1)
@@ -207,6 +233,7 @@ def backward(
             "ROWS": tile,
             "STAGES": STAGES,
             "RESCALE": _RESCALE,
+            "CLIPPED": spec.grids.state is not None,
             "REVERSE": reverse,
         },
         warps=padded // 16,

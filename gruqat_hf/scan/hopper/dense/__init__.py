@@ -15,6 +15,7 @@ SAVES_GATES = True
 #: Half-precision gates are kept as ``[T, B, H, 4]``, as in the portable tier, whose backward kernel can read them.
 PACKS_GATES = True
 SUMS_WEIGHTS = False
+SUMS_BIAS = True
 
 #: Steps whose inputs a program has on their way, this one included.
 STAGES = 4

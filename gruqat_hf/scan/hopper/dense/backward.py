@@ -10,17 +10,18 @@ each other their largest gradients, which count from the next step on.
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
+from ...replay import hidden_bias
 from ...triton.block_diagonal.weights import packed
 from ...triton.dense import backward as portable
+from ...triton.exchange_plan import cdiv
 from ...triton.family import ScanGradients, aligned
 from ...triton.magnitude import largest_magnitudes
 from ...triton.math import in_range, load_grid
 from ..cluster import ClusterCall
-from ..exchange import area_of, area_shape, close_exchange, open_exchange, read_halves, send_chunks, wait_for_round
-from ..gluon import gl, jit, mma_v2, wait_for_copies
+from ..exchange import area_bytes, area_of, area_shape, close_exchange, open_exchange, read_halves, send_chunks, wait_for_round
+from ..gluon import constexpr_function, gl, jit, mma_v2, wait_for_copies
 from ..gradients import coefficients, hear_largest, maxima_bytes, powers, tell_largest
 from ..staging import fetch_step, operands, read, rings
 from . import STAGES
@@ -38,6 +39,12 @@ _ROWS = gl.constexpr(ROWS)
 _PART = gl.constexpr(CHANNELS * ROWS * 2)
 
 
+@constexpr_function
+def _area(PROGRAMS):
+    """The exchange's: of all programs' parts, twice, and of maxima."""
+    return area_shape((PROGRAMS * CHANNELS * ROWS * 2,), 2, maxima_bytes(PROGRAMS, ROWS, WARPS))
+
+
 @jit
 def _load_weights(weight, BLOCK: gl.constexpr):
     """A program's part of a gate's weights into registers, as a product's left side."""
@@ -49,21 +56,21 @@ def _load_weights(weight, BLOCK: gl.constexpr):
 
 @jit(do_not_specialize=["T", "B"])
 def _backward(
-    h0, mask, states, gates, dstates, dlast, dgi, dgh_n, dh0, adjoint, largest_gradient, weight, h_grid, T, B,
+    h0, mask, states, gates, dstates, dlast, dgi, dgh_n, dh0, adjoint, sums, largest_gradient, weight, h_grid, T, B,
     H: gl.constexpr, SIZE: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr, RESCALE: gl.constexpr,
-    REVERSE: gl.constexpr,
+    CLIPPED: gl.constexpr, REVERSE: gl.constexpr,
 ):  # fmt: skip
     """Program (p, j, k): slice p of block k, of rows j * ROWS and on. Other parameters as in the block-diagonal kernel;
     ``largest_gradient`` ``[2, B]`` is that of each row of dstates, then of dlast.
 
-    Steps go in pairs, each with shared memory and a slot of its own, as in the forward kernel.
+    Steps go in pairs, each with shared memory and a slot of its own, as in the forward kernel. A step's parts count in the next.
     """
     PARTS: gl.constexpr = parts_layout(PROGRAMS)
     GATES: gl.constexpr = gl.SliceLayout(0, PARTS)
     PRODUCT: gl.constexpr = part_layout()
     RIGHT: gl.constexpr = gl.DotOperandLayout(1, PRODUCT, 2)
     BLOCK: gl.constexpr = PROGRAMS * _CHANNELS
-    AREA: gl.constexpr = area_shape((PROGRAMS * _PART,), 2, maxima_bytes(PROGRAMS, _ROWS, 8))
+    AREA: gl.constexpr = _area(PROGRAMS)
     SLOTS: gl.constexpr = STAGES // 2
     REPEATS: gl.constexpr = BLOCK // 256
     part = gl.program_id(0)
@@ -92,7 +99,6 @@ def _backward(
     offset = b[None, :] * H + c[:, None]
     wide = b[None, :] * (3 * H) + c[:, None]
     initial = gl.load(h0 + offset, mask=inside, other=0.0).to(gl.float32)
-    carry = gl.load(dlast + offset, mask=inside, other=0.0).to(gl.float32)
     at = start * row
     if mask is not None:
         mask_p = mask + start * B + b
@@ -109,34 +115,49 @@ def _backward(
     x_even = operands(_CHANNELS)
     x_odd = operands(_CHANNELS)
     zeros = gl.full([BLOCK, _ROWS], 0.0, gl.float32, layout=PRODUCT)
+    nothing = gl.full([_CHANNELS, _ROWS], 0.0, gl.float32, layout=GATES)
+    db_r = nothing
+    db_z = nothing
+    db_n = nothing
+    db_in = nothing
 
     # Of a product's rows, 16 are a warp's, and 128 all warps'; two such runs are a warp's part for one program.
     m = gl.arange(0, BLOCK, layout=gl.SliceLayout(1, PRODUCT))[:, None]
     column = gl.arange(0, _ROWS, layout=gl.SliceLayout(0, PRODUCT))[None, :]
-    open_exchange(AREA)
-    area = area_of(((m >> 4) & 7) * REPEATS + (m >> 8) + column * 0)
+    base = open_exchange(AREA)
+    area = area_of(((m >> 4) & 7) * REPEATS + (m >> 8) + column * 0, base)
     to = area + part * _PART + ((m & 7) * 4 + (column >> 1)) * 16
     program = gl.arange(0, PROGRAMS, layout=gl.SliceLayout(1, gl.SliceLayout(2, PARTS)))[:, None, None]
     mine = gl.arange(0, _CHANNELS, layout=gl.SliceLayout(0, gl.SliceLayout(2, PARTS)))[None, :, None]
     mine_row = gl.arange(0, _ROWS, layout=gl.SliceLayout(0, gl.SliceLayout(1, PARTS)))[None, None, :]
-    parts_at = program * _PART + ((mine >> 2) * 4 + (mine_row >> 1)) * 16 + (mine & 3) * 4 + (mine_row & 1) * 2
+    parts_at = base + program * _PART + ((mine >> 2) * 4 + (mine_row >> 1)) * 16 + (mine & 3) * 4 + (mine_row & 1) * 2
 
+    # What counts in the first step: no program's parts, and the gradient of the last state.
+    send_chunks(zeros.to(gl.float16), area, to, 0, AREA)
+    weighted = nothing
+    passed = gl.load(dlast + offset, mask=inside, other=0.0).to(gl.float32)
     wait_for_copies(STAGES - 1)
-    h = read(even[2], 0, GATES).to(gl.float32)
-    h = gl.where(T == 1, initial, h)
-    runs = inside
-    if mask is not None:
-        runs = inside & (gl.load(mask_p, mask=b < B, other=0) != 0)[None, :]
-    c_r, c_z, c_hn, c_n, direct = coefficients(read(even[0], 0, GATES), h, runs)
-    d = read(even[1], 0, GATES).to(gl.float32)
 
     for i in range(0, T, 2):
+        slot = (i // 2) % SLOTS
         for u in gl.static_range(2):
+            going = even if u == 0 else odd
+            h = gl.where(i + u + 1 == T, initial, read(going[2], slot, GATES).to(gl.float32))
+            runs = inside & (i + u < T)
+            if mask is not None:
+                runs = runs & (gl.load(mask_p, mask=(b < B) & (i + u < T), other=0) != 0)[None, :]
+                mask_p += sign * B
+            c_r, c_z, c_hn, c_n, direct = coefficients(read(going[0], slot, GATES), h, runs, CLIPPED)
+            d = read(going[1], slot, GATES).to(gl.float32)
+            wait_for_round(base, i // 2, u, AREA)
+            came = gl.sum(read_halves(parts_at, u, AREA).to(gl.float32), axis=0)
+            carry = came * weighted + passed
+
             if u == 0:
                 if i % RESCALE == 0:
-                    tell_largest(carry, part, PROGRAMS, 2, AREA)
+                    tell_largest(base, carry, part, PROGRAMS, 2, AREA)
             elif i % RESCALE == 0:
-                largest = hear_largest(i // RESCALE, PROGRAMS, _ROWS, 2, AREA, GATES)
+                largest = hear_largest(base, i // RESCALE, PROGRAMS, _ROWS, 2, AREA, GATES)
                 up, down = powers(gl.maximum(largest, peak), 0)
             grad = d + carry
             scaled = d * up[None, :] + carry * up[None, :]
@@ -148,10 +169,9 @@ def _backward(
             total = mma_v2(w_r, x[0].load(RIGHT), zeros)
             total = mma_v2(w_z, x[1].load(RIGHT), total)
             total = mma_v2(w_n, x[2].load(RIGHT), total)
-            send_chunks(total.to(gl.float16), area, to, u, AREA)
+            send_chunks(total.to(gl.float16), area, to, 1 - u, AREA)
 
-            slot = (i // 2) % SLOTS
-            going = even if u == 0 else odd
+            # While parts are on their way.
             fetch_step(
                 going, slot, gates, dstates, states, ahead, step, first_row, first_channel, channels, i + u + STAGES, T, B, H
             )
@@ -159,33 +179,38 @@ def _backward(
             here = inside & (i + u < T)
             if adjoint is not None:
                 gl.store(adjoint + at + offset, gl.where(runs, grad, 0.0), mask=here)
+            da_r = grad * c_r
+            da_z = grad * c_z
+            da_n = grad * c_n
+            dh_n = grad * c_hn
             dgi_p = dgi + at * 3 + wide
-            gl.store(dgi_p, (grad * c_r).to(dgi.dtype.element_ty), mask=here)
-            gl.store(dgi_p + H, (grad * c_z).to(dgi.dtype.element_ty), mask=here)
-            gl.store(dgi_p + 2 * H, (grad * c_n).to(dgi.dtype.element_ty), mask=here)
-            gl.store(dgh_n + at + offset, (grad * c_hn).to(dgi.dtype.element_ty), mask=here)
+            gl.store(dgi_p, da_r.to(dgi.dtype.element_ty), mask=here)
+            gl.store(dgi_p + H, da_z.to(dgi.dtype.element_ty), mask=here)
+            gl.store(dgi_p + 2 * H, da_n.to(dgi.dtype.element_ty), mask=here)
+            gl.store(dgh_n + at + offset, dh_n.to(dgi.dtype.element_ty), mask=here)
             at += step
-            weighted = gl.full([_CHANNELS, _ROWS], 1.0, gl.float32, layout=GATES) * down[None, :]
+            db_r += da_r
+            db_z += da_z
+            db_n += dh_n
+            db_in += da_n
+            weighted = nothing + down[None, :]
             if h_grid is not None:
                 weighted = gl.where(in_range(h, h_inv, h_low, h_high), weighted, 0.0)
             passed = grad * direct
-
-            # The next step's coefficients, while the others' parts are on their way.
-            coming = odd if u == 0 else even
-            next_slot = slot if u == 0 else (i // 2 + 1) % SLOTS
-            h = read(coming[2], next_slot, GATES).to(gl.float32)
-            h = gl.where(i + u + 2 == T, initial, h)
-            runs = inside & (i + u + 1 < T)
-            if mask is not None:
-                mask_p += sign * B
-                runs = runs & (gl.load(mask_p, mask=(b < B) & (i + u + 1 < T), other=0) != 0)[None, :]
-            c_r, c_z, c_hn, c_n, direct = coefficients(read(coming[0], next_slot, GATES), h, runs)
-            d = read(coming[1], next_slot, GATES).to(gl.float32)
-            wait_for_round(i // 2, u, AREA)
-            total_parts = gl.sum(read_halves(parts_at, u, AREA).to(gl.float32), axis=0)
-            carry = total_parts * weighted + passed
+    wait_for_round(base, (T + 1) // 2, 0, AREA, False)
+    carry = gl.sum(read_halves(parts_at, 0, AREA).to(gl.float32), axis=0) * weighted + passed
     gl.store(dh0 + offset, carry.to(dh0.dtype.element_ty), mask=inside)
     close_exchange()
+    sums_p = sums + gl.program_id(1) * H + c
+    gate = gl.num_programs(1) * H
+    sum_r = gl.sum(db_r, axis=1)
+    sum_z = gl.sum(db_z, axis=1)
+    gl.store(sums_p, sum_r, mask=s < channels)
+    gl.store(sums_p + gate, sum_z, mask=s < channels)
+    gl.store(sums_p + 2 * gate, gl.sum(db_n, axis=1), mask=s < channels)
+    gl.store(sums_p + 3 * gate, sum_r, mask=s < channels)
+    gl.store(sums_p + 4 * gate, sum_z, mask=s < channels)
+    gl.store(sums_p + 5 * gate, gl.sum(db_in, axis=1), mask=s < channels)
 
 
 def backward(
@@ -201,21 +226,23 @@ def backward(
     want_adjoint: bool,
     want_weights: bool = False,
 ) -> ScanGradients:
-    """Gradients of the scan's inputs; those of the weights are left to a product over all rows."""
+    """Gradients of the scan's inputs and of both biases; those of the weights are left to a product over all rows."""
     if prepared.portable is not None:
-        return portable.backward(prepared.portable, gi, h0, states, gates, mask, reverse, dstates, dlast, want_adjoint)
+        found = portable.backward(prepared.portable, gi, h0, states, gates, mask, reverse, dstates, dlast, want_adjoint)
+        return found._replace(dbias=hidden_bias(found.dgi, found.dgh_n, found.dbias_input)) if want_weights else found
     assert prepared.weight is not None
     steps, rows, _, hidden = gi.shape
-    programs = prepared.weight.shape[2]
+    programs, tiles = prepared.weight.shape[2], cdiv(rows, ROWS)
     dgi = torch.empty_like(gi)
     dgh_n = gi.new_empty((steps, rows, hidden))
     dh0 = torch.empty_like(h0)
     adjoint = torch.empty_like(states, dtype=torch.float32) if want_adjoint else None
+    sums = gi.new_empty((6, tiles, hidden), dtype=torch.float32)
     largest = largest_magnitudes(dstates, dlast)
     ClusterCall(
         kernel=_backward,
-        grid=(1, triton.cdiv(rows, ROWS), hidden // prepared.size),
-        io=(h0, mask, aligned(states), packed(aligned(gates)), aligned(dstates), dlast, dgi, dgh_n, dh0, adjoint),
+        grid=(1, tiles, hidden // prepared.size),
+        io=(h0, mask, aligned(states), packed(aligned(gates)), aligned(dstates), dlast, dgi, dgh_n, dh0, adjoint, sums),
         static=(largest, prepared.weight, prepared.h_grid, steps, rows),
         constants={
             "H": hidden,
@@ -223,9 +250,12 @@ def backward(
             "PROGRAMS": programs,
             "STAGES": STAGES,
             "RESCALE": _RESCALE,
+            "CLIPPED": prepared.clipped,
             "REVERSE": reverse,
         },
         warps=WARPS,
         cluster=programs,
+        exchange=area_bytes(_area(programs)),
     ).run()
-    return ScanGradients(dgi, dh0, dgh_n, adjoint)
+    dbias, dbias_input = sums.sum(1).split(3)
+    return ScanGradients(dgi, dh0, dgh_n, adjoint, dbias=dbias if want_weights else None, dbias_input=dbias_input)

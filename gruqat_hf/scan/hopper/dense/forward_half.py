@@ -6,24 +6,33 @@ inputs of the next steps are on their way to shared memory, results are stored a
 
 from __future__ import annotations
 
-import triton
 from torch import Tensor
 
 from ...spec import grid_size
 from ...triton.block_diagonal.weights import packed
+from ...triton.exchange_plan import cdiv
 from ...triton.math import codes, gru_gates, in_range, load_grid
 from ..cluster import ClusterCall
-from ..exchange import area_of, area_shape, close_exchange, open_exchange, read_chunks, send_chunks, wait_for_round
-from ..gluon import gl, jit, mma_v2, wait_for_copies
+from ..exchange import area_bytes, area_of, area_shape, close_exchange, open_exchange, read_chunks, wait_for_round
+from ..gluon import constexpr_function, gl, jit, mma_v2, wait_for_copies
 from ..layouts import copy_layout, ring_memory
 from . import STAGES
 from .layouts import CHANNELS, ROWS, SPLITS, WARPS, product_layout, send_layout, sum_layout, sum_memory
-from .tiles import fetch_inputs, lines_of_slot, load_gates, read_gate, store_gates
+from .tiles import fetch_inputs, keep, lines_of_slot, load_gates, read_gate, send, store_gates, summed, turn_memory
+from .turns import tiles_of_cluster
 from .weights import HalfWeights
 
+#: Of a step of one tile, and of three.
+_DURATIONS = {1: 1.0, 3: 1.75}
 _CHANNELS = gl.constexpr(CHANNELS)
 _ROWS = gl.constexpr(ROWS)
 _SPLITS = gl.constexpr(SPLITS)
+
+
+@constexpr_function
+def _area(PROGRAMS, TILES):
+    """The exchange's: of each tile's states, twice."""
+    return area_shape((PROGRAMS * CHANNELS * ROWS * 2,), 2 * TILES)
 
 
 @jit
@@ -47,42 +56,38 @@ def _load_weights(weight, DEPTH: gl.constexpr):
 
 
 @jit
-def _summed(memory):
-    """The sum of a product's parts, as a tile of gates."""
-    return gl.sum(memory.load(sum_layout()), axis=0)
-
-
-@jit
-def _send(x, memory, area, to, SLOT: gl.constexpr, AREA: gl.constexpr, PROGRAMS: gl.constexpr):
-    """A program's slice of the state to all programs, itself as well."""
-    SEND: gl.constexpr = send_layout(PROGRAMS)
-    memory.permute([1, 0]).store(x.to(gl.float16))
-    chunk = gl.expand_dims(memory.load(gl.SliceLayout(0, SEND)), 0)
-    chunk, _ = gl.broadcast(chunk, area)
-    send_chunks(chunk, area, to, SLOT, AREA)
+def _multiply(base, count, at, w_r, w_z, w_n, SLOT: gl.constexpr, AREA: gl.constexpr):
+    """The parts of the three gates' products that warps compute, when a slot's ``count``-th states have come."""
+    wait_for_round(base, count, SLOT, AREA)
+    right = read_chunks(at, SLOT, AREA, at.shape[1] // 32, _CHANNELS * _ROWS * 2)
+    zeros = gl.full([_SPLITS, _CHANNELS, _ROWS], 0.0, gl.float32, layout=product_layout())
+    return mma_v2(w_r, right, zeros), mma_v2(w_z, right, zeros), mma_v2(w_n, right, zeros)
 
 
 @jit(do_not_specialize=["T", "B"])
 def _forward(
     gi, h0, mask, states, gates, weight, scale, bias, h_grid, state_grid, T, B,
-    H: gl.constexpr, SIZE: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr, STATE_N: gl.constexpr,
-    REVERSE: gl.constexpr, PORTABLE: gl.constexpr,
+    H: gl.constexpr, SIZE: gl.constexpr, PROGRAMS: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr,
+    STATE_N: gl.constexpr, REVERSE: gl.constexpr, PORTABLE: gl.constexpr,
 ):  # fmt: skip
-    """Program (p, j, k): slice p of block k, of rows j * ROWS and on. Other parameters as in the block-diagonal kernel.
+    """Program (p, j, k): slice p of block k, of rows j * TILES * ROWS and on. Other parameters as in the block-diagonal kernel.
 
-    Steps go in pairs for the two slots of the exchange; a last step that is none computes on zeros, and stores nothing.
+    TILES, an odd number: tiles of ROWS rows, which take turns within a step, so that one's states travel while others are
+    computed; of several, a turn computes the next one's product beside its own gates. Steps go in pairs for the two slots of each
+    tile's exchange; a last step that is none computes on zeros, and stores nothing.
     """
     SUMS: gl.constexpr = sum_layout()
     GATES: gl.constexpr = gl.SliceLayout(0, SUMS)
-    PRODUCT: gl.constexpr = product_layout()
-    SEND: gl.constexpr = send_layout(PROGRAMS)
     BLOCK: gl.constexpr = PROGRAMS * _CHANNELS
     DEPTH: gl.constexpr = BLOCK // _SPLITS
-    AREA: gl.constexpr = area_shape((BLOCK * _ROWS * 2,), 2)
-    WIDTH: gl.constexpr = gi.dtype.element_ty.primitive_bitwidth // 8
-    COPY: gl.constexpr = copy_layout(_CHANNELS, WIDTH, 8)
+    AREA: gl.constexpr = _area(PROGRAMS, TILES)
+    TILE: gl.constexpr = _ROWS * H
+    SLOTS: gl.constexpr = STAGES * TILES
+    AHEAD: gl.constexpr = (STAGES - 1) * TILES
+    SEND: gl.constexpr = send_layout(PROGRAMS)
+    COPY: gl.constexpr = copy_layout(_CHANNELS, gi.dtype.element_ty.primitive_bitwidth // 8, 8)
     part = gl.program_id(0)
-    first_row = gl.program_id(1) * _ROWS
+    first_row = gl.program_id(1) * (TILES * _ROWS)
     block = gl.program_id(2)
 
     tile = weight + (block * PROGRAMS + part) * (_CHANNELS * BLOCK)
@@ -106,9 +111,12 @@ def _forward(
     sign: gl.constexpr = -1 if REVERSE else 1
     start = (T - 1).to(gl.int64) if REVERSE else gl.to_tensor(0).to(gl.int64)
     step = row * sign
-    inside = own[:, None] & (b < B)[None, :]
     offset = b[None, :] * H + c[:, None]
-    h = gl.load(h0 + offset, mask=inside, other=0.0).to(gl.float32)
+    h = ()
+    inside = ()
+    for k in gl.static_range(TILES):
+        inside = inside + (own[:, None] & (b + k * _ROWS < B)[None, :],)
+        h = h + (gl.load(h0 + k * TILE + offset, mask=inside[k], other=0.0).to(gl.float32),)
     out_p = states + start * row
     if gates is not None:
         planes: gl.constexpr = 1 if gates.dtype.element_ty == gl.int64 else 4
@@ -117,71 +125,98 @@ def _forward(
     if mask is not None:
         mask_p = mask + start * B + b
 
-    ring = gl.allocate_shared_memory(gi.dtype.element_ty, [STAGES, 4 * _ROWS, _CHANNELS], ring_memory(_CHANNELS, 4, WIDTH))
-    lines, present = lines_of_slot(ring, block, part, first_row, B, H, SIZE, COPY)
+    INPUT: gl.constexpr = gi.dtype.element_ty
+    PARTS: gl.constexpr = [_SPLITS, _CHANNELS, _ROWS]
+    RING: gl.constexpr = ring_memory(_CHANNELS, 4, INPUT.primitive_bitwidth // 8)
+    memory = (
+        turn_memory(gl.float32, PARTS, sum_memory(), gl.float16, INPUT, RING, SLOTS // 2),
+        turn_memory(gl.float32, PARTS, sum_memory(), gl.float16, INPUT, RING, SLOTS // 2),
+    )
+    lines, present = lines_of_slot(memory[0][2], block, part, first_row, B, H, SIZE, COPY, TILES)
     gi_p = gi + start * row * 3
     for i in gl.static_range(STAGES - 1):
-        fetch_inputs(ring, i, gi_p, lines, present, T)
+        for k in gl.static_range(TILES):
+            inputs = gi_p + 3 * k * TILE + lines
+            fetch_inputs(memory[(i * TILES + k) % 2][2], (i * TILES + k) // 2, inputs, present[k] & (i < T))
         gi_p += step * 3
 
-    sums_r = gl.allocate_shared_memory(gl.float32, [_SPLITS, _CHANNELS, _ROWS], sum_memory())
-    sums_z = gl.allocate_shared_memory(gl.float32, [_SPLITS, _CHANNELS, _ROWS], sum_memory())
-    sums_n = gl.allocate_shared_memory(gl.float32, [_SPLITS, _CHANNELS, _ROWS], sum_memory())
-    own_state = gl.allocate_shared_memory(gl.float16, [_ROWS, _CHANNELS], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
-    zeros = gl.full([_SPLITS, _CHANNELS, _ROWS], 0.0, gl.float32, layout=PRODUCT)
-    operand_at = _operand_at(DEPTH)
-    open_exchange(AREA)
+    base = open_exchange(AREA)
+    operand_at = base + _operand_at(DEPTH)
     rank = gl.arange(0, PROGRAMS, layout=gl.SliceLayout(1, gl.SliceLayout(2, SEND)))[:, None, None]
     chunk_row = gl.arange(0, _ROWS, layout=gl.SliceLayout(0, gl.SliceLayout(2, SEND)))[None, :, None]
     chunk = gl.arange(0, _CHANNELS, layout=gl.SliceLayout(0, gl.SliceLayout(1, SEND)))[None, None, :] >> 3
     place = part * (_CHANNELS * _ROWS * 2) + chunk_row * (_CHANNELS * 2) + chunk * 16
-    area = area_of(rank + place * 0)
+    area = area_of(rank + place * 0, base)
     to = area + place
-    x = codes(h, h_inv, h_low, h_high) if PORTABLE else h
-    _send(x, own_state, area, to, 0, AREA, PROGRAMS)
+    for k in gl.static_range(TILES):
+        x = codes(h[k], h_inv, h_low, h_high) if PORTABLE else h[k]
+        memory[k % 2][1].permute([1, 0]).store(x.to(gl.float16))
+        send(memory[k % 2][1], area, to, 2 * k, AREA, SEND)
+    if TILES > 1:
+        keep(_multiply(base, 0, operand_at, w_r, w_z, w_n, 0, AREA), memory[0][0])
+        wait_for_copies(AHEAD - 1)
 
     for t in range(0, T, 2):
         for u in gl.static_range(2):
-            if mask is not None:
-                real = gl.load(mask_p, mask=(b < B) & (t + u < T), other=0)
-                mask_p += sign * B
-            wait_for_round(t // 2, u, AREA)
-            right = read_chunks(operand_at, u, AREA, DEPTH // 32, _CHANNELS * _ROWS * 2)
-            sums_r.store(mma_v2(w_r, right, zeros))
-            sums_n.store(mma_v2(w_n, right, zeros))
-            sums_z.store(mma_v2(w_z, right, zeros))
-            wait_for_copies(STAGES - 2)
-            slot = (t + u) % STAGES
-            gi_r = read_gate(ring, slot, 0, GATES)
-            gi_n = read_gate(ring, slot, 2, GATES)
-            gi_z = read_gate(ring, slot, 1, GATES)
-            gh_r = _summed(sums_r)
-            gh_n = _summed(sums_n)
-            gh_z = _summed(sums_z)
-            if PORTABLE:
-                gh_r = gh_r * s_r
-                gh_z = gh_z * s_z
-                gh_n = gh_n * s_n
-            r, z, n, hn, new = gru_gates(gi_r, gi_z, gi_n, gh_r + b_r, gh_z + b_z, gh_n + b_n, h, PORTABLE)
-            if state_grid is not None:
+            slot = (t + u) * TILES % SLOTS
+            free = ((t + u) * TILES + AHEAD) % SLOTS
+            following = ()
+            for k in gl.static_range(TILES):
+                if mask is not None:
+                    real = gl.load(mask_p + k * _ROWS, mask=(b + k * _ROWS < B) & (t + u < T), other=0)
+                parts, own_state, ring = memory[(u * TILES + k) % 2]
+                next_memory = memory[(u * TILES + k + 1) % 2]
+                if TILES == 1:
+                    keep(_multiply(base, t // 2, operand_at, w_r, w_z, w_n, u, AREA), parts)
+                    wait_for_copies(AHEAD - 1)
+                gi_r = read_gate(ring, (slot + k) // 2, 0, GATES)
+                gi_n = read_gate(ring, (slot + k) // 2, 2, GATES)
+                gi_z = read_gate(ring, (slot + k) // 2, 1, GATES)
+                gh_r = summed(parts[0], SUMS)
+                gh_z = summed(parts[1], SUMS)
+                gh_n = summed(parts[2], SUMS)
+                if TILES > 1:
+                    if k + 1 < TILES:
+                        product = _multiply(base, t // 2, operand_at, w_r, w_z, w_n, 2 * (k + 1) + u, AREA)
+                    else:
+                        product = _multiply(base, t // 2 + u, operand_at, w_r, w_z, w_n, 1 - u, AREA)
+                if PORTABLE:
+                    gh_r = gh_r * s_r
+                    gh_z = gh_z * s_z
+                    gh_n = gh_n * s_n
+                r, z, n, hn, new = gru_gates(gi_r, gi_z, gi_n, gh_r + b_r, gh_z + b_z, gh_n + b_n, h[k], PORTABLE)
+                if state_grid is not None:
+                    if gates is not None:
+                        z = gl.where(in_range(new, state_inv, state_low, state_high), z, -1.0)
+                    new = codes(new, state_inv, state_low, state_high) * state_scale
+                here = inside[k] & (t + u < T)
+                if mask is not None:
+                    new = gl.where((real != 0)[None, :], new, h[k])
+                following = following + (new,)
+                wanted = present[k] & (t + u + STAGES - 1 < T)
+                if TILES > 1:
+                    fetch_inputs(next_memory[2], (free + k) // 2, gi_p + 3 * k * TILE + lines, wanted)
+                x = codes(new, h_inv, h_low, h_high) if PORTABLE else new
+                own_state.permute([1, 0]).store(x.to(gl.float16))
+                if TILES > 1:
+                    keep(product, next_memory[0])
+                    wait_for_copies(AHEAD - 1)
+                send(own_state, area, to, 2 * k + 1 - u, AREA, SEND)
+                if TILES == 1:
+                    fetch_inputs(next_memory[2], (free + k) // 2, gi_p + 3 * k * TILE + lines, wanted)
+                gl.store(out_p + k * TILE + offset, new.to(states.dtype.element_ty), mask=here)
                 if gates is not None:
-                    z = gl.where(in_range(new, state_inv, state_low, state_high), z, -1.0)
-                new = codes(new, state_inv, state_low, state_high) * state_scale
-            here = inside & (t + u < T)
-            if mask is not None:
-                new = gl.where((real != 0)[None, :], new, h)
-            h = new
-            x = codes(h, h_inv, h_low, h_high) if PORTABLE else h
-            _send(x, own_state, area, to, 1 - u, AREA, PROGRAMS)
-            fetch_inputs(ring, t + u + STAGES - 1, gi_p, lines, present, T)
+                    store_gates(gates_p + k * planes * TILE + gates_offset, r, z, n, hn, here, H)
+            h = following
             gi_p += step * 3
-            gl.store(out_p + offset, h.to(states.dtype.element_ty), mask=here)
             out_p += step
             if gates is not None:
-                store_gates(gates_p + gates_offset, r, z, n, hn, here, H)
                 gates_p += step * planes
-    # The last round is nobody's state, but must have come before a program may end.
-    wait_for_round((T + 1) // 2, 0, AREA, False)
+            if mask is not None:
+                mask_p += sign * B
+    # The last rounds are nobody's states, but must have come before a program may end; of several tiles the first's has.
+    for k in gl.static_range(1 if TILES > 1 else 0, TILES):
+        wait_for_round(base, (T + 1) // 2, 2 * k, AREA, False)
     close_exchange()
 
 
@@ -190,15 +225,17 @@ def call(
 ) -> ClusterCall:
     """The launch that fills ``states``, and ``gates`` if given."""
     steps, rows, _, hidden = gi.shape
+    tiles = tiles_of_cluster(rows, weights.blocks, weights.programs, gi.device, _DURATIONS)
     return ClusterCall(
         kernel=_forward,
-        grid=(1, triton.cdiv(rows, ROWS), weights.blocks),
+        grid=(1, cdiv(rows, tiles * ROWS), weights.blocks),
         io=(gi, h0, mask, states, packed(gates)),
         static=(weights.weight, weights.scale, weights.bias, weights.h_grid, weights.state_grid, steps, rows),
         constants={
             "H": hidden,
             "SIZE": weights.size,
             "PROGRAMS": weights.programs,
+            "TILES": tiles,
             "STAGES": STAGES,
             "STATE_N": grid_size(weights.state_grid),
             "REVERSE": reverse,
@@ -207,4 +244,5 @@ def call(
         warps=WARPS,
         portable=weights.quantized,
         cluster=weights.programs,
+        exchange=area_bytes(_area(weights.programs, tiles)),
     )

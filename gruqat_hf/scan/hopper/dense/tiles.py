@@ -1,8 +1,9 @@
-"""What the forward kernels of large blocks have in common: parameters of their channels, inputs on their way, results."""
+"""What the forward kernels of large blocks have in common: parameters of their channels, memory of a turn, inputs, results."""
 
 from __future__ import annotations
 
 from ...triton.math import pack_gates
+from ..exchange import send_chunks
 from ..gluon import commit_copies, copy_to_shared, gl, jit
 
 
@@ -15,25 +16,68 @@ def load_gates(pointer, c, own, H: gl.constexpr):
     return r, z, n
 
 
+@jit
+def turn_memory(
+    PART: gl.constexpr, PARTS: gl.constexpr, SUM: gl.constexpr, OWN: gl.constexpr, INPUT: gl.constexpr, RING: gl.constexpr,
+    SLOTS: gl.constexpr,
+):  # fmt: skip
+    """What every other turn has for itself, so that one barrier parts a turn from the next: parts of three products, of type PART
+    and shape PARTS, apart from one another, for which the compiler asks no barriers between them; the states to send; a ring of
+    inputs on their way."""
+    ROWS: gl.constexpr = PARTS[2]
+    CHANNELS: gl.constexpr = PARTS[1]
+    r = gl.allocate_shared_memory(PART, PARTS, SUM)
+    z = gl.allocate_shared_memory(PART, PARTS, SUM)
+    n = gl.allocate_shared_memory(PART, PARTS, SUM)
+    own = gl.allocate_shared_memory(OWN, [ROWS, CHANNELS], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    return (r, z, n), own, gl.allocate_shared_memory(INPUT, [SLOTS, 4 * ROWS, CHANNELS], RING)
+
+
+@jit
+def keep(product, parts):
+    """Store the parts of three products."""
+    parts[0].store(product[0])
+    parts[1].store(product[1])
+    parts[2].store(product[2])
+
+
+@jit
+def summed(parts, SUMS: gl.constexpr):
+    """A product, fp32, as a tile of gates."""
+    return gl.sum(parts.load(SUMS), axis=0).to(gl.float32)
+
+
+@jit
+def send(own, area, to, SLOT: gl.constexpr, AREA: gl.constexpr, SEND: gl.constexpr):
+    """A program's slice of the state to all programs, itself as well."""
+    chunk = gl.expand_dims(own.load(gl.SliceLayout(0, SEND)), 0)
+    chunk, _ = gl.broadcast(chunk, area)
+    send_chunks(chunk, area, to, SLOT, AREA)
+
+
 # Inputs come through a ring of slots ``[4 * ROWS, CHANNELS]``: lines of r, z, n, and a quarter that no one reads.
 
 
 @jit
-def lines_of_slot(ring, block, part, first_row, B, H: gl.constexpr, SIZE: gl.constexpr, COPY: gl.constexpr):
-    """Where a slot's lines lie in a step's inputs ``[B, 3, H]``, for slice ``part`` of a block, and which of them there are."""
+def lines_of_slot(ring, block, part, first_row, B, H: gl.constexpr, SIZE: gl.constexpr, COPY: gl.constexpr, TILES: gl.constexpr):
+    """Where a slot's lines lie in a step's inputs ``[B, 3, H]``, for slice ``part`` of a block, and which of them there are, of
+    each of TILES tiles of rows; every tile's lie ROWS rows after those of the one before.
+    """
     ROWS: gl.constexpr = ring.shape[1] // 4
     CHANNELS: gl.constexpr = ring.shape[2]
     line = gl.arange(0, 4 * ROWS, layout=gl.SliceLayout(1, COPY))
     channel = part * CHANNELS + gl.arange(0, CHANNELS, layout=gl.SliceLayout(0, COPY))
     b = first_row + line % ROWS
-    present = ((line < 3 * ROWS) & (b < B))[:, None] & (channel < SIZE)[None, :]
+    present = ()
+    for k in gl.static_range(TILES):
+        present = present + (((line < 3 * ROWS) & (b + k * ROWS < B))[:, None] & (channel < SIZE)[None, :],)
     return (b * (3 * H) + line // ROWS * H)[:, None] + (block * SIZE + channel)[None, :], present
 
 
 @jit
-def fetch_inputs(ring, t, gi, lines, present, T):
-    """Send for the inputs of step ``t``, of T, which lie at ``gi``."""
-    copy_to_shared(ring.index(t % ring.shape[0]), gi + lines, mask=present & (t < T))
+def fetch_inputs(ring, slot, pointers, present):
+    """Send for a tile's inputs of a step, to a slot."""
+    copy_to_shared(ring.index(slot), pointers, mask=present)
     commit_copies()
 
 

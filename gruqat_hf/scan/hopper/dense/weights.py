@@ -143,12 +143,14 @@ class BackwardWeights(NamedTuple):
     """Attributes:
     weight: ``[3, blocks, programs, inputs, CHANNELS]`` fp16, see :func:`packed_by_rows`.
     h_grid: packed, or None.
+    clipped: whether the carried state has a grid, so that saved gates may be marked.
     size: of a block.
     portable: the weights of the portable kernels, which serve products as exact as fp32 and blocks of more than 512; else None.
     """
 
     weight: Tensor | None
     h_grid: Tensor | None
+    clipped: bool
     size: int
     portable: PortableWeights | None
 
@@ -158,5 +160,6 @@ def backward_weights(spec: ScanSpec) -> BackwardWeights:
     (factor,) = spec.operand.factors.values()
     size = factor.values.shape[-1]
     if spec.exact or size > LARGEST_HALF:
-        return BackwardWeights(None, None, size, portable_weights(spec))
-    return BackwardWeights(packed_by_rows(factor.dequantize().to(torch.float16)), pack_grid(spec.grids.h), size, None)
+        return BackwardWeights(None, None, False, size, portable_weights(spec))
+    weight, clipped = packed_by_rows(factor.dequantize().to(torch.float16)), spec.grids.state is not None
+    return BackwardWeights(weight, pack_grid(spec.grids.h), clipped, size, None)

@@ -12,8 +12,9 @@ from ...triton.monarch import backward as portable
 from ...triton.monarch.weights import Orders, mid_values, weight_gradients
 from ...triton.transposition import transposed
 from ..cluster import ClusterCall
+from ..exchange import area_bytes
 from . import REGISTERS, STEPS, TILE_ROWS
-from .backward_kernel import backward_kernel
+from .backward_kernel import backward_kernel, exchange_area
 from .weights import BackwardWeights
 from .weights import backward_weights as prepare
 
@@ -73,10 +74,12 @@ def backward(
             "STEPS": STEPS,
             "FIRST_GATES": first_gates,
             "RESCALE": _RESCALE,
+            "CLIPPED": spec.grids.state is not None,
             "REVERSE": reverse,
         },
         warps=block // 16,
         cluster=programs,
+        exchange=area_bytes(exchange_area(block, programs, TILE_ROWS, first_gates)),
         registers=REGISTERS,
     ).run()  # fmt: skip
     dfirst = dsecond = dbias = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from ...triton.math import in_range, load_grid
 from ..exchange import area_of, area_shape, close_exchange, open_exchange, read_pairs, send_pairs, wait_for_round
-from ..gluon import gl, jit, mma_v2
+from ..gluon import constexpr_function, gl, jit, mma_v2
 from ..gradients import coefficients, hear_largest, maxima_bytes, powers, tell_largest
 from ..layouts import gate_layout, load_weights, product_layout, to_gates
 from .memory import (
@@ -28,11 +28,18 @@ from .memory import (
 from .product import chunks_at, load_parts, multiply, parts_of, read_parts
 
 
+@constexpr_function
+def exchange_area(BLOCK, PROGRAMS, ROWS, FIRST_GATES):
+    """The exchange's: of mid values' and states' gradients, twice, and of maxima."""
+    SLOT = BLOCK * ROWS * 2
+    return area_shape((FIRST_GATES * SLOT, SLOT), 2, maxima_bytes(PROGRAMS, ROWS, BLOCK // 16))
+
+
 @jit(do_not_specialize=["T", "B"])
 def backward_kernel(
     h0, mask, states, gates, passes, dstates, dlast, dgi, dgh_n, dh0, adjoint, dmid, largest_gradient, first, second, h_grid,
     T, B, H: gl.constexpr, PROGRAMS: gl.constexpr, ROWS: gl.constexpr, STEPS: gl.constexpr, FIRST_GATES: gl.constexpr,
-    RESCALE: gl.constexpr, REVERSE: gl.constexpr,
+    RESCALE: gl.constexpr, CLIPPED: gl.constexpr, REVERSE: gl.constexpr,
 ):  # fmt: skip
     """Program (p, j): block p of either factor, of rows j * ROWS and on.
 
@@ -46,7 +53,7 @@ def backward_kernel(
     GATES: gl.constexpr = gate_layout(BLOCK, ROWS)
     PRODUCT: gl.constexpr = product_layout(BLOCK)
     SLOT: gl.constexpr = BLOCK * ROWS * 2
-    AREA: gl.constexpr = area_shape((FIRST_GATES * SLOT, SLOT), 2, maxima_bytes(PROGRAMS, ROWS, BLOCK // 16))
+    AREA: gl.constexpr = exchange_area(BLOCK, PROGRAMS, ROWS, FIRST_GATES)
     GATE: gl.constexpr = PROGRAMS * BLOCK * BLOCK
     PLANE: gl.constexpr = plane_bytes(states.dtype.element_ty, BLOCK, ROWS)
     SAVED: gl.constexpr = plane_bytes(gl.int64, BLOCK, ROWS)
@@ -110,14 +117,14 @@ def backward_kernel(
         state_p += step
 
     zeros = gl.full([BLOCK, 8], 0.0, gl.float32, layout=PRODUCT)
-    chunk_at = chunks_at(BLOCK, ROWS, parts_of(BLOCK))
     right_at = chunks_at(BLOCK, ROWS, 1)
     number = part * SHARE + u % SHARE
     place = ((number >> 5) * (ROWS * 64) + ((number >> 3) & 3) * 16 + (number & 7) * 2)[:, None] + j[None, :] * 64
+    base = open_exchange(AREA)
+    chunk_at = base + chunks_at(BLOCK, ROWS, parts_of(BLOCK))
     carry_at = ((u >> 5) * (ROWS * 64) + ((u >> 3) & 3) * 16 + (u & 7) * 2)[:, None] + j[None, :] * 64
     dmid_at = b[None, :] * (FIRST_GATES * H) + mine[:, None]
-    open_exchange(AREA)
-    area = area_of((u // SHARE)[:, None] + j[None, :] * 0)
+    area = area_of((u // SHARE)[:, None] + j[None, :] * 0, base)
     to = area + place
 
     wait_for_step(STEPS - 1)
@@ -126,7 +133,7 @@ def backward_kernel(
     runs = inside
     if mask is not None:
         runs = inside & (now != 0)[None, :]
-    c_r, c_z, c_hn, c_n, direct = coefficients(take_pairs(saved_at, gl.int64), h, runs)
+    c_r, c_z, c_hn, c_n, direct = coefficients(take_pairs(saved_at, gl.int64), h, runs, CLIPPED)
     d = take_pairs(state_at, states.dtype.element_ty).to(gl.float32)
     scaled = (d + carry) * up[None, :]
 
@@ -185,12 +192,12 @@ def backward_kernel(
 
             if t % RESCALE == 0:
                 if i == 0:
-                    tell_largest(carry, part, PROGRAMS, 4, AREA)
+                    tell_largest(base, carry, part, PROGRAMS, 4, AREA)
                 else:
-                    largest = hear_largest(t // RESCALE, PROGRAMS, ROWS, 4, AREA, GATES)
+                    largest = hear_largest(base, t // RESCALE, PROGRAMS, ROWS, 4, AREA, GATES)
                     up, down = powers(gl.maximum(largest, peak), 0)
 
-            wait_for_round(t >> 1, 2 * i, AREA)
+            wait_for_round(base, t >> 1, 2 * i, AREA)
             total = multiply(first_weights[0], read_parts(chunk_at, 2 * i, AREA, BLOCK, ROWS), zeros, ROWS)
             for g in gl.static_range(1, FIRST_GATES):
                 right = read_parts(chunk_at + g * SLOT, 2 * i, AREA, BLOCK, ROWS)
@@ -220,10 +227,10 @@ def backward_kernel(
                         gl.load(passes_p, mask=inside & (t + 2 < T), other=0),
                         gl.load(passes_p + step, mask=inside & (t + 3 < T), other=0),
                     )
-            c_r, c_z, c_hn, c_n, direct = coefficients(take_pairs(saved_at + coming, gl.int64), h, runs)
+            c_r, c_z, c_hn, c_n, direct = coefficients(take_pairs(saved_at + coming, gl.int64), h, runs, CLIPPED)
             passed_on = (d + passed) * up[None, :]
-            wait_for_round(t >> 1, 2 * i + 1, AREA)
-            came = read_pairs(carry_at, 2 * i + 1, AREA).to(gl.float32) * weighted
+            wait_for_round(base, t >> 1, 2 * i + 1, AREA)
+            came = read_pairs(base + carry_at, 2 * i + 1, AREA).to(gl.float32) * weighted
             scaled = came * up[None, :] + passed_on
             carry = came + passed
         if mask is not None:

@@ -17,8 +17,8 @@ from ...triton.family import aligned
 from ...triton.math import codes, gru_gates, in_range, load_grid, pack_gates
 from ...triton.transposition import transposed, transposition
 from ..cluster import ClusterCall
-from ..exchange import area_of, area_shape, close_exchange, open_exchange, send_pairs, wait_for_round
-from ..gluon import gl, jit
+from ..exchange import area_bytes, area_of, area_shape, close_exchange, open_exchange, send_pairs, wait_for_round
+from ..gluon import constexpr_function, gl, jit
 from ..layouts import gate_layout, product_layout, to_product
 from . import REGISTERS, STEPS, TILE_ROWS
 from .memory import commit_step, copy_pairs, in_order, open_memory, plane_bytes, take_pairs, wait_for_step
@@ -27,6 +27,12 @@ from .weights import MonarchWeights
 from .weights import forward_weights as prepare
 
 __all__ = ["call", "forward", "prepare"]
+
+
+@constexpr_function
+def _area(BLOCK, ROWS, FIRST_GATES):
+    """The exchange's: of states and of mid values, twice."""
+    return area_shape((BLOCK * ROWS * 2, FIRST_GATES * BLOCK * ROWS * 2), 2)
 
 
 @jit(do_not_specialize=["T", "B"])
@@ -44,7 +50,7 @@ def _forward(
     SHARE: gl.constexpr = BLOCK // PROGRAMS
     GATES: gl.constexpr = gate_layout(BLOCK, ROWS)
     SLOT: gl.constexpr = BLOCK * ROWS * 2
-    AREA: gl.constexpr = area_shape((SLOT, FIRST_GATES * SLOT), 2)
+    AREA: gl.constexpr = _area(BLOCK, ROWS, FIRST_GATES)
     GATE: gl.constexpr = PROGRAMS * BLOCK * BLOCK
     PLANE: gl.constexpr = plane_bytes(gi.dtype.element_ty, BLOCK, ROWS)
     PACKED: gl.constexpr = gates is not None and gates.dtype.element_ty == gl.int64
@@ -115,18 +121,18 @@ def _forward(
         commit_step()
         gi_p += step * 3
 
-    chunk_at = chunks_at(BLOCK, ROWS, parts_of(BLOCK))
     number = part * SHARE + u % SHARE
     place = ((number >> 5) * (ROWS * 64) + ((number >> 3) & 3) * 16 + (number & 7) * 2)[:, None] + j[None, :] * 64
-    open_exchange(AREA)
-    area = area_of((u // SHARE)[:, None] + j[None, :] * 0)
+    base = open_exchange(AREA)
+    chunk_at = base + chunks_at(BLOCK, ROWS, parts_of(BLOCK))
+    area = area_of((u // SHARE)[:, None] + j[None, :] * 0, base)
     to = area + place
     x = codes(h, h_inv, h_low, h_high) if PORTABLE else h
     send_pairs(x.to(gl.float16), area, to, 0, AREA)
 
     for t in range(0, T, 2):
         for i in gl.static_range(2):
-            wait_for_round(t >> 1, 2 * i, AREA)
+            wait_for_round(base, t >> 1, 2 * i, AREA)
             right = read_parts(chunk_at, 2 * i, AREA, BLOCK, ROWS)
             for g in gl.static_range(FIRST_GATES):
                 mid = multiply(first_weights[g], right, nothing, ROWS)
@@ -157,7 +163,7 @@ def _forward(
                         gl.load(mask_p + sign * B, mask=valid & (t + 3 < T), other=0),
                     )
 
-            wait_for_round(t >> 1, 2 * i + 1, AREA)
+            wait_for_round(base, t >> 1, 2 * i + 1, AREA)
             right = read_parts(chunk_at, 2 * i + 1, AREA, BLOCK, ROWS)
             gh_r = multiply(w_r, right, start_r, ROWS)
             if FIRST_GATES > 1:
@@ -199,7 +205,7 @@ def _forward(
     if PACKED:
         gl.store(gates_p - step + offset, kept, mask=last)
     # The last round is nobody's state, but must have come before a program may end.
-    wait_for_round((T + 1) >> 1, 0, AREA, False)
+    wait_for_round(base, (T + 1) >> 1, 0, AREA, False)
     close_exchange()
 
 
@@ -228,6 +234,7 @@ def call(
         warps=block // 16,
         portable=weights.quantized,
         cluster=programs,
+        exchange=area_bytes(_area(block, TILE_ROWS, weights.first.shape[0])),
         registers=REGISTERS,
     )
 

@@ -17,6 +17,7 @@ _MOST_GROUPS = 16
 
 SAVES_GATES = True
 SUMS_WEIGHTS = False
+SUMS_BIAS = False
 PACKS_GATES = True
 
 

@@ -1,0 +1,71 @@
+"""Clusters in which several tiles of rows take turns: as many as a launch chooses by itself, and others that it might."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from kernel_helpers import Case, Run, check_against_reference, matmul_precision
+
+CUDA = torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    "rows, blocks, tiles", [(1, 1, 1), (56, 1, 1), (57, 1, 3), (128, 1, 3), (300, 1, 3), (24, 2, 1), (32, 2, 3)]
+)
+def test_launches_choose_what_is_done_first(monkeypatch, rows, blocks, tiles):
+    """On a GPU that runs 7 clusters at once: a second wave of them takes longer than three tiles in turns."""
+    turns = pytest.importorskip("gruqat_hf.scan.hopper.dense.turns")
+    monkeypatch.setattr(turns, "clusters_at_once", lambda size, index: 7)
+    assert turns.tiles_of_cluster(rows, blocks, 16, torch.device("cpu"), {1: 1.0, 3: 1.75}) == tiles
+
+
+@pytest.fixture(params=[1, 3], ids=lambda tiles: f"{tiles} tiles")
+def tiles(request, monkeypatch) -> int:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a GPU of compute capability 9.0, and this machine has none: NOT TESTED here")
+    from gruqat_hf.scan.hopper.dense import forward_bytes, forward_half
+
+    for module in (forward_bytes, forward_half):
+        monkeypatch.setattr(module, "tiles_of_cluster", lambda *_: request.param)
+    return request.param
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 9, 33, 150])
+@pytest.mark.parametrize("size", [200, 512])
+@pytest.mark.parametrize("changes", [{}, {"masked": True, "reverse": True, "bias": False}], ids=["plain", "masked"])
+def test_states_and_gradients(tiles, size, rows, changes):
+    case = Case(35, rows, 1024 // 512 if size == 512 else 3, size, **changes)
+    check_against_reference("hopper_dense", case.inputs("dense", CUDA), 2e-4, 8e-4)
+    case = replace(case, steps=18, quantized=True, per_channel=True)
+    check_against_reference("hopper_dense", case.inputs("dense", CUDA), 0.0, 1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 25])
+def test_blocks_of_8_bit_codes(tiles, rows):
+    case = Case(19, rows, 1, 1000, quantized=True, masked=True)
+    check_against_reference("hopper_dense", case.inputs("dense", CUDA), 0.0, 1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_rows_bits_are_its_own(tiles, quantized):
+    """Whatever tile it is in, and however many others there are."""
+    inputs = Case(40, 70, 1, 512, quantized=quantized).inputs("dense", CUDA)
+    dstates = torch.randn(40, 70, 512, device=CUDA)
+    with matmul_precision("high"):
+        run = Run.of("hopper_dense", inputs)
+        found = run.backward(dstates, dstates[0])
+        for _ in range(20):
+            again = Run.of("hopper_dense", inputs)
+            assert torch.equal(again.states, run.states)
+            assert torch.equal(again.backward(dstates, dstates[0]).dgi, found.dgi)
+        for rows in (slice(0, 8), slice(13, 40), slice(64, 70)):
+            some = replace(inputs, gi=inputs.gi[:, rows].contiguous(), h0=inputs.h0[rows].contiguous())
+            part = Run.of("hopper_dense", some)
+            assert torch.equal(part.states, run.states[:, rows])
+            alone = part.backward(dstates[:, rows].contiguous(), dstates[0, rows].contiguous())
+            assert torch.equal(alone.dgi, found.dgi[:, rows]) and torch.equal(alone.dh0, found.dh0[rows])
