@@ -1,6 +1,6 @@
 """What the processes of test_distributed.py run. Each scenario gives JSON types; rank 0 writes them all to a file.
 
-python distributed_worker.py RANK WORLD FOLDER
+python distributed_worker.py RANK WORLD FOLDER gloo|nccl
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from model_helpers import KINDS, features, small_model
+from model_helpers import KINDS
+from model_helpers import features as features_on_cpu
+from model_helpers import small_model as model_on_cpu
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -24,6 +26,8 @@ from gruqat_hf.layers.lifecycle import fake_quantizers
 from gruqat_hf.quantization.meter import SaturationMeter
 from gruqat_hf.training import quantizer_metrics
 
+#: With nccl the GPU whose number is the rank.
+DEVICE = torch.device("cpu")
 LSQ = QuantizerConfig(scheme="lsq", observer="minmax")
 #: Every kind of observer, and learned scales on both sides of a product.
 RECIPE = replace(
@@ -38,6 +42,14 @@ RECIPE = replace(
 )
 
 
+def features(**shape: int) -> Tensor:
+    return features_on_cpu(**shape).to(DEVICE)
+
+
+def small_model(**fields: Any) -> Any:
+    return model_on_cpu(**fields).to(DEVICE)
+
+
 def qat_model(**fields: Any) -> Any:
     return small_model(structure_hidden=KINDS["monarch"], structure_input=KINDS["monarch"], **fields).prepare_qat(RECIPE).train()
 
@@ -45,7 +57,7 @@ def qat_model(**fields: Any) -> Any:
 def batch(rank: int, step: int, masked: bool = False) -> dict[str, Tensor]:
     """Ranks differ in values, batch size and length."""
     x = features(batch=3 + rank, steps=4 + 2 * rank, seed=10 * step + rank)
-    mask = torch.ones(x.shape[:2], dtype=torch.long)
+    mask = torch.ones(x.shape[:2], dtype=torch.long, device=DEVICE)
     mask[0, 2:] = 0
     labels = (x.sum((1, 2)) > 0).long()
     return {"inputs_embeds": x, "attention_mask": torch.zeros_like(mask) if masked else mask, "labels": labels}
@@ -54,7 +66,7 @@ def batch(rank: int, step: int, masked: bool = False) -> dict[str, Tensor]:
 def same_on_all_ranks(model: nn.Module) -> bool:
     for tensor in [*model.parameters(), *model.buffers()]:
         seen: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(seen, tensor.detach().clone())
+        dist.all_gather_object(seen, tensor.detach().cpu())
         if not all(torch.equal(seen[0], other) for other in seen[1:]):
             return False
     return True
@@ -126,7 +138,7 @@ def metrics(rank: int, folder: Path) -> Any:
     layer = model.get_stack().layers[0][0]
     layer.x.meter, largest = SaturationMeter(), layer.x.scale.item() * 127
     model.eval()
-    x = torch.zeros(2, 5, 8)
+    x = torch.zeros(2, 5, 8, device=DEVICE)
     x[0, 0, : 1 + rank] = 2 * largest
     model(inputs_embeds=x)
     told = quantizer_metrics(model)
@@ -145,7 +157,7 @@ def fsdp2(rank: int, folder: Path) -> Any:
     model.calibrate([features(seed=1)], progress=False)
     reference = qat_model()
     reference.load_state_dict(model.state_dict())
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = init_device_mesh(DEVICE.type, (dist.get_world_size(),))
     for layer in model.get_stack().flat_layers():
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -167,7 +179,7 @@ def fsdp2(rank: int, folder: Path) -> Any:
     state_dict = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if rank == 0:
         model.save_pretrained(folder / "fsdp2", state_dict=state_dict)
-        torch.save(logits.detach(), folder / "fsdp2.pt")
+        torch.save(logits.detach().cpu(), folder / "fsdp2.pt")
     different = max(abs(one - other) for one, other in zip(losses[:3], losses[3:]))
     return {"different_from_ddp": different, "losses": losses, "range": told["qat/layers.0.0.x/range"]}
 
@@ -177,7 +189,7 @@ def fsdp2_needs_scales_to_start_from(rank: int, folder: Path) -> Any:
     from torch.distributed.fsdp import fully_shard
 
     model = qat_model()
-    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    fully_shard(model, mesh=init_device_mesh(DEVICE.type, (dist.get_world_size(),)))
     try:
         model(**batch(rank, 0))
     except RuntimeError as error:
@@ -199,9 +211,14 @@ SCENARIOS = [
 
 
 def main() -> None:
-    rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    global DEVICE
+    rank, world, folder, backend = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder / 'rendezvous'}", datetime.timedelta(minutes=5), rank=rank, world_size=world)
+    if backend == "nccl":
+        DEVICE = torch.device("cuda", rank)
+        torch.cuda.set_device(DEVICE)
+    store = f"file://{folder / 'rendezvous'}"
+    dist.init_process_group(backend, store, datetime.timedelta(minutes=5), rank=rank, world_size=world)
     results: dict[str, Any] = {}
     for scenario in SCENARIOS:
         try:

@@ -1,4 +1,4 @@
-"""Two processes on gloo: what ranks must agree on, DDP, FSDP2."""
+"""Two processes, on gloo and on two GPUs: what ranks must agree on, DDP, FSDP2."""
 
 from __future__ import annotations
 
@@ -21,14 +21,21 @@ WORLD = 2
 WORKER = Path(__file__).parent / "distributed_worker.py"
 
 
-@pytest.fixture(scope="module")
-def ran(tmp_path_factory) -> tuple[list[dict[str, Any]], Path]:
+def skip_without_gpus() -> None:
+    if torch.cuda.device_count() < WORLD:
+        pytest.skip(f"needs {WORLD} GPUs, and this machine has {torch.cuda.device_count()}: NOT TESTED here")
+
+
+@pytest.fixture(scope="module", params=["gloo", pytest.param("nccl", marks=pytest.mark.gpu)])
+def ran(request, tmp_path_factory) -> tuple[list[dict[str, Any]], Path]:
     """What each rank's scenarios gave: one start of the processes for all tests, since that is what takes the time."""
+    if request.param == "nccl":
+        skip_without_gpus()
     folder = tmp_path_factory.mktemp("ranks")
     path = os.pathsep.join([str(WORKER.parent.parent), os.environ.get("PYTHONPATH", "")])
     processes = [
         subprocess.Popen(
-            [sys.executable, WORKER, str(rank), str(WORLD), folder],
+            [sys.executable, WORKER, str(rank), str(WORLD), folder, request.param],
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
             stderr=subprocess.PIPE,
             text=True,
@@ -90,11 +97,14 @@ def test_fsdp2_refuses_learned_scales_that_have_seen_nothing(ran):
     ],
     ids=["torchrun", "accelerate launch"],
 )
-def test_the_script_under(tmp_path, launcher):
+@pytest.mark.parametrize("device", ["--use_cpu", pytest.param("", marks=pytest.mark.gpu)], ids=["gloo", "nccl"])
+def test_the_script_under(tmp_path, launcher, device):
     """Through transformers' Trainer and accelerate, started as a user does; --use_cpu makes it gloo."""
     pytest.importorskip("sklearn")
+    if not device:
+        skip_without_gpus()
     arguments = (
-        "--use_cpu --disable_tqdm true --hidden_size 16 --max_steps 6 --qat_max_steps 5 --save_steps 4 --calibration_batches 2"
+        f"{device} --disable_tqdm true --hidden_size 16 --max_steps 6 --qat_max_steps 5 --save_steps 4 --calibration_batches 2"
     )
     script = WORKER.parent.parent / "scripts" / "train_qat.py"
     done = subprocess.run(
