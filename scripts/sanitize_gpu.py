@@ -26,6 +26,8 @@ STRUCTURES = {
 }
 #: Odd numbers of steps and rows, fewer rows than a tile has and more.
 SHAPES = ((5, 3), (18, 9))
+#: More tiles than clusters of 16 programs run at once, so that tiles take turns.
+TURNS = (5, 70)
 
 
 def run_kernels(families: list[str]) -> None:
@@ -38,7 +40,8 @@ def run_kernels(families: list[str]) -> None:
     for family in families:
         structure, hidden = STRUCTURES[family]
         for recipe in ("int8_state16",) if family == "dense_bytes" else (None, "int8_state16"):
-            for (steps, rows), reverse in zip(SHAPES, (False, True)):
+            shapes = (*SHAPES, TURNS) if family.startswith("dense") else SHAPES
+            for (steps, rows), reverse in zip(shapes, (False, True, False)):
                 layer = GRULayer(32, hidden, structure_hidden=structure, recipe=recipe, reverse=reverse, device="cuda")
                 layer.backend = "hopper"
                 x, h0 = torch.randn(steps, rows, 32, device="cuda"), torch.rand(rows, hidden, device="cuda")
