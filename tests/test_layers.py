@@ -421,6 +421,8 @@ def test_inputs_that_are_no_floats_are_refused(dtype, state, structure_input):
         for mode in (torch.no_grad, torch.enable_grad):
             with mode(), pytest.raises(ValueError, match=rf"takes floating-point x, got {dtype}; pass x.float\(\)"):
                 module(torch.ones_like(x, dtype=dtype))
+            with mode(), pytest.raises(ValueError, match=rf"takes floating-point h0, got {dtype}; pass h0.float\(\)"):
+                module(x, torch.zeros(2, 4, dtype=dtype))
 
 
 def test_a_compiled_layer_is_copied_and_pickled_without_what_was_compiled():

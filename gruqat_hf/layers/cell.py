@@ -28,7 +28,7 @@ class GRUCell(GRUBase):
         """``x`` ``[B, input_size]`` or ``[input_size]``, ``h`` ``[B, hidden_size]`` (zeros by default) → the next state.
 
         Raises:
-            ValueError: inputs of another shape, x that is no float or, in float, not of the weights' type.
+            ValueError: inputs of another shape, x or h0 that is no float, x that in float is not of the weights' type.
         """
         if x.dim() not in (1, 2) or x.shape[-1] != self.input_size:
             raise ValueError(f"GRUCell takes x of shape [B, {self.input_size}] or [{self.input_size}], got {list(x.shape)}")

@@ -168,10 +168,12 @@ class GRUExecution(nn.Module):
         """All states ``[T, B, H]`` and the last one ``[B, H]``, in fp32 where quantized.
 
         Raises:
-            ValueError: x is of a type that is no float, or, in float, of another one than the weights.
+            ValueError: x or h0 is of a type that is no float, or x, in float, of another one than the weights.
         """
         if not x.is_floating_point():  # outputs come in the type of x, where a state would be cut to 0
             raise ValueError(f"{type(self).__name__} takes floating-point x, got {x.dtype}; pass x.float()")
+        if h0 is not None and not h0.is_floating_point():
+            raise ValueError(f"{type(self).__name__} takes floating-point h0, got {h0.dtype}; pass h0.float()")
         if self._state == QuantState.FLOAT:
             return self._scan(x, h0, mask, reverse)
         x, h0 = x.float(), None if h0 is None else h0.float()

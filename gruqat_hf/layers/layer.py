@@ -73,7 +73,8 @@ class GRULayer(GRUBase):
             ``[B, hidden_size]``: fp32 in the qat and frozen states, so that carrying it on loses nothing.
 
         Raises:
-            ValueError: inputs of another shape, no step at all, x that is no float or, in float, not of the weights' type.
+            ValueError: inputs of another shape, no step at all, x or h0 that is no float, x that in float is not of the weights'
+                type.
         """
         layout = "[B, T, {}]" if self.batch_first else "[T, B, {}]"
         if x.dim() != 3 or x.shape[-1] != self.input_size:
