@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 
-from gruqat_hf.scan.hopper.cluster import ClusterCall
 from gruqat_hf.scan.triton import choice, family
 from gruqat_hf.scan.triton.device import DeviceFacts
 from gruqat_hf.scan.triton.family import KernelCall
@@ -41,8 +40,7 @@ def compile_for(call: KernelCall, target: Any) -> Any:
     places = {(call.kernel.arg_names.index(name),): value for name, value in constants.items()}
     make = GluonASTSource if isinstance(call.kernel, GluonJITFunction) else ASTSource
     options = {"num_warps": call.warps, "enable_fp_fusion": not call.portable}
-    if isinstance(call, ClusterCall):
-        options["maxnreg"] = call.registers
+    options["maxnreg"] = call.registers
     return triton.compile(make(call.kernel, signature, places, attributes), target=target, options=options)
 
 

@@ -24,6 +24,7 @@ FAMILIES = {
 }
 MORE = {
     **{f"blocks of {size}": ("block_diagonal", "dense", Case(4, 4, 4, size)) for size in (16, 40, 128)},
+    "4 rows a tile": ("block_diagonal", "dense", Case(4, 48, 8, 64)),
     "many rows": ("block_diagonal", "dense", Case(4, 128, 8, 64)),
     "blocks of 256": ("dense", "dense", Case(4, 4, 2, 256)),
     "tiles that take turns": ("dense", "dense", Case(4, 200, 1, 512)),

@@ -40,15 +40,13 @@ class ClusterCall(KernelCall):
     Attributes:
         cluster: its programs; the grid's first dimension is 1.
         exchange: bytes of shared memory beyond Triton's own, for :mod:`.exchange`.
-        registers: of a thread at most, if the compiler is not to weigh them against more programs on a processor.
     """
 
     cluster: int = 1
     exchange: int = 0
-    registers: int | None = None
 
     def _options(self) -> tuple[Any, ...]:
-        return *super()._options(), self.cluster, self.exchange, self.registers
+        return *super()._options(), self.cluster, self.exchange
 
     def _launch(self) -> Any:
         arguments = (*self.io, *self.static)

@@ -50,6 +50,7 @@ class KernelCall:
         constants: constexpr parameters by name, in the order of the kernel's signature.
         portable: launch without contraction of multiply and add, as quantized states need.
         cooperative: programs wait for one another: start all of them together, or none.
+        registers: of a thread at most, if the compiler is not to weigh them against more programs on a processor; NVIDIA only.
     """
 
     kernel: Any
@@ -60,6 +61,7 @@ class KernelCall:
     warps: int = 4
     portable: bool = False
     cooperative: bool = False
+    registers: int | None = None
 
     def run(self) -> None:
         """Launch; what was compiled for arguments of the same types is launched without being looked for in Triton again, which
@@ -89,7 +91,7 @@ class KernelCall:
 
     def _options(self) -> tuple[Any, ...]:
         """What else a kernel is compiled for."""
-        return self.warps, self.portable, self.cooperative
+        return self.warps, self.portable, self.cooperative, self.registers
 
     def _launch(self) -> Any:
         """Launch through Triton, which compiles if it has to; gives the compiled kernel, None in the interpreter."""
@@ -101,6 +103,8 @@ class KernelCall:
             "enable_fp_fusion": not self.portable,
             "launch_cooperative_grid": self.cooperative,
         }
+        if self.registers is not None:
+            options["maxnreg"] = self.registers
         return launch(*self.io, *self.static, **self.constants, **options)
 
     def launcher(self, keep: bool) -> Callable[..., None]:
