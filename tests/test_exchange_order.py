@@ -58,9 +58,16 @@ class Cluster:
     def share(self) -> int:
         return self.block // self.programs
 
+    @property
+    def line(self) -> int:
+        return min(self.block, 64)
+
     def places(self, number: Tensor) -> Tensor:
         """Where a channel's value of each row lies in a slot, in values."""
-        return ((number >> 5) * (ROWS * 32) + ((number >> 3) & 3) * 8 + (number & 7))[:, None] + torch.arange(ROWS) * 32
+        row = torch.arange(ROWS)
+        shift = row // (64 // self.line) * 16
+        number = number[:, None]
+        return (number // self.line * ROWS + row) * self.line + ((number % self.line) ^ shift)
 
     def sent(self, tiles: Tensor) -> Tensor:
         """Slots ``[C, BLOCK * ROWS]`` after each program has sent its tile ``[C, BLOCK, ROWS]`` by shares."""
@@ -79,11 +86,15 @@ class Cluster:
         return slots
 
     def right(self, slots: Tensor) -> Tensor:
-        """A product's right side ``[C, BLOCK, ROWS]`` as threads read it: of column 2 * row, 16-byte chunks 32 inputs apart."""
-        k, row = torch.arange(self.block)[:, None], torch.arange(ROWS)
+        """A product's right side ``[C, BLOCK, ROWS]`` as threads read it: 16-byte chunks a line apart, of column ``2 * row``, and
+        where rows are folded of column ``2 * row + 1`` for every other 32 inputs."""
+        inputs = torch.arange(self.block)
+        half, k = (inputs >> 5) & 1, (inputs >> 6) * 32 + inputs % 32
+        if self.block == 32:
+            half, k = half * 0, inputs
         register = (k >> 4) * 4 + ((k >> 3) & 1) * 2 + (k & 1)
-        first = row * 32 + ((k >> 1) & 3) * 8
-        return slots[:, first + (register >> 3) * (ROWS * 32) + (register & 7)]
+        first = self.places(half * 32 + ((k >> 1) & 3) * 8)
+        return slots[:, first + ((register >> 3) * (ROWS * self.line) + (register & 7))[:, None]]
 
     def arrived(self, slots: Tensor) -> Tensor:
         """Tiles as a thread reads its own two channels of what arrived in the order of senders."""

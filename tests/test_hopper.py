@@ -184,11 +184,12 @@ def test_gradients_that_fade(structure):
         assert distance(found[1][at], found[0][at]) <= 5e-3
 
 
+@pytest.mark.parametrize("rows", [32, 128])
 @pytest.mark.parametrize("recipe", [None, "int8_state16"])
 @families
-def test_200_repeats_are_equal(structure, recipe):
+def test_200_repeats_are_equal(structure, recipe, rows):
     layer = build(structure, recipe, 512, 64, CUDA)
-    x, h0 = torch.randn(64, 32, 64, device=CUDA), torch.rand(32, 512, device=CUDA)
+    x, h0 = torch.randn(64, rows, 64, device=CUDA), torch.rand(rows, 512, device=CUDA)
     with matmul_precision("high"):
         out, last, wanted = gradients(layer, "hopper", x, h0, None)
         for _ in range(200):
@@ -241,12 +242,13 @@ def test_a_plan_serves_any_rows(structure):
             assert distance(layer(x[:, :rows])[0], out[:, :rows]) <= 2e-4
 
 
+@pytest.mark.parametrize("rows", [8, 70])
 @pytest.mark.parametrize("recipe", [None, "int8_state16"])
 @families
-def test_cuda_graphs(structure, recipe):
+def test_cuda_graphs(structure, recipe, rows):
     layer = build(structure, recipe, 512, 64, CUDA)
     layer.backend = "hopper"
-    x, new = torch.randn(2, 32, 8, 64, device=CUDA)
+    x, new = torch.randn(2, 32, rows, 64, device=CUDA)
 
     def step():
         layer.zero_grad(set_to_none=True)

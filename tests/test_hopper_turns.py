@@ -12,23 +12,31 @@ CUDA = torch.device("cuda")
 
 
 @pytest.mark.parametrize(
-    "rows, blocks, tiles", [(1, 1, 1), (56, 1, 1), (57, 1, 3), (128, 1, 3), (300, 1, 3), (24, 2, 1), (32, 2, 3)]
+    "rows, blocks, programs, tiles",
+    [
+        *((1, 1, 16, 1), (56, 1, 16, 1), (57, 1, 16, 3), (128, 1, 16, 3), (300, 1, 16, 3), (24, 2, 16, 1), (32, 2, 16, 3)),
+        *((120, 2, 8, 1), (128, 2, 8, 3)),
+    ],
 )
-def test_launches_choose_what_is_done_first(monkeypatch, rows, blocks, tiles):
-    """On a GPU that runs 7 clusters at once: a second wave of them takes longer than three tiles in turns."""
+def test_launches_choose_what_is_done_first(monkeypatch, rows, blocks, programs, tiles):
+    """On a GPU that runs 7 or 15 clusters at once: a second wave of them takes longer than three tiles in turns."""
     turns = pytest.importorskip("gruqat_hf.scan.hopper.dense.turns")
-    monkeypatch.setattr(turns, "clusters_at_once", lambda size, index: 7)
-    assert turns.tiles_of_cluster(rows, blocks, 16, torch.device("cpu"), {1: 1.0, 3: 1.75}) == tiles
+    monkeypatch.setattr(turns, "clusters_at_once", lambda size, index: {16: 7, 8: 15}[size])
+    assert turns.tiles_of_cluster(rows, blocks, programs, torch.device("cpu"), {1: 1.0, 3: 1.75}) == tiles
+
+
+def choose_tiles(monkeypatch: pytest.MonkeyPatch, tiles: int) -> None:
+    from gruqat_hf.scan.hopper.dense import forward_bytes, forward_half
+
+    for module in (forward_bytes, forward_half):
+        monkeypatch.setattr(module, "tiles_of_cluster", lambda *_: tiles)
 
 
 @pytest.fixture(params=[1, 3], ids=lambda tiles: f"{tiles} tiles")
 def tiles(request, monkeypatch) -> int:
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs a GPU of compute capability 9.0, and this machine has none: NOT TESTED here")
-    from gruqat_hf.scan.hopper.dense import forward_bytes, forward_half
-
-    for module in (forward_bytes, forward_half):
-        monkeypatch.setattr(module, "tiles_of_cluster", lambda *_: request.param)
+    choose_tiles(monkeypatch, request.param)
     return request.param
 
 
@@ -52,17 +60,20 @@ def test_blocks_of_8_bit_codes(tiles, rows):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("quantized", [False, True])
-def test_a_rows_bits_are_its_own(tiles, quantized):
-    """Whatever tile it is in, and however many others there are."""
+def test_a_rows_bits_are_its_own(monkeypatch, tiles, quantized):
+    """Whatever tile it is in, however many others there are, and whoever takes turns with it."""
     inputs = Case(40, 70, 1, 512, quantized=quantized).inputs("dense", CUDA)
     dstates = torch.randn(40, 70, 512, device=CUDA)
     with matmul_precision("high"):
         run = Run.of("hopper_dense", inputs)
         found = run.backward(dstates, dstates[0])
-        for _ in range(20):
+        for _ in range(200):
             again = Run.of("hopper_dense", inputs)
             assert torch.equal(again.states, run.states)
             assert torch.equal(again.backward(dstates, dstates[0]).dgi, found.dgi)
+        with monkeypatch.context() as patch:
+            choose_tiles(patch, 4 - tiles)
+            assert torch.equal(Run.of("hopper_dense", inputs).states, run.states)
         for rows in (slice(0, 8), slice(13, 40), slice(64, 70)):
             some = replace(inputs, gi=inputs.gi[:, rows].contiguous(), h0=inputs.h0[rows].contiguous())
             part = Run.of("hopper_dense", some)

@@ -27,7 +27,7 @@ def warm_up(
 
     Args:
         module: a GRULayer, GRUStack, model, or anything that holds some.
-        batch_size, sequence_length: of the inputs to come. Other lengths mostly run the same kernels.
+        batch_size, sequence_length: of the inputs to come. Other lengths mostly run the same kernels, other batches not always.
         training: whether for training steps, with gradients, instead of inference.
         masked: whether inputs come with a mask of padded steps.
         progress: show a bar.

@@ -89,18 +89,18 @@ def refuses_clusters(size: int, index: int | None) -> str | None:
 
 @cache
 def clusters_at_once(size: int, index: int | None) -> int:
-    """How many clusters of ``size`` programs a device runs at once, as its driver says; 0 if it does not say."""
-    try:
-        cuda = ctypes.CDLL("libcuda.so.1")
-    except OSError:
+    """How many clusters of ``size`` programs a device runs at once, as its driver says; 0 if it does not say. Each program is
+    taken to need a processor for itself, for its shared memory or its registers."""
+    if not torch.cuda.is_available():
         return 0
+    cuda = ctypes.CDLL("libcuda.so.1")
     device, context, module, probe = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_void_p()
     found = ctypes.c_int(0)
     attribute = _Attribute(id=_CLUSTER_DIMENSION)
     attribute.value[:3] = (size, 1, 1)
     config = _Config(shared=_SHARED_BYTES, attributes=ctypes.pointer(attribute), count=1)
     config.sizes[:] = (size, 1, 1, _THREADS, 1, 1)
-    torch.cuda.init()
+    torch.cuda.init()  # before it, the driver says nothing
     ordinal = torch.cuda.current_device() if index is None else index
     if cuda.cuDeviceGet(ctypes.byref(device), ordinal) or cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device):
         return 0

@@ -40,9 +40,11 @@ def _place(AREA, SLOT):
 
 
 @constexpr_function
-def _open_text(AREA):
+def _open_text(AREA, PROGRAMS):
     places = [_place(AREA, slot) for slot in range(len(AREA))]
-    text = f"""{{ .reg .pred first; .reg .b32 begin, size, thread; .reg .b64 state;
+    text = f"""{{ .reg .pred first, alone; .reg .b32 begin, size, thread, programs; .reg .b64 state;
+        mov.u32 programs, %cluster_nctaid.x; setp.ne.u32 alone, programs, {PROGRAMS};
+        @alone trap;
         mov.u32 begin, global_smem; mov.u32 size, %dynamic_smem_size;
         add.u32 $0, begin, size; sub.u32 $0, $0, {area_bytes(AREA)};
         mov.u32 thread, %tid.x; setp.eq.u32 first, thread, 0;
@@ -56,17 +58,22 @@ def _open_text(AREA):
 
 
 @constexpr_function
-def _wait_text(AREA, SLOT, AGAIN):
+def _expect_text(AREA, SLOT):
     _, barrier, size = _place(AREA, SLOT)
-    text = f"""{{ .reg .pred done; .reg .b32 thread; .reg .b64 state;
+    return f"""{{ .reg .pred first; .reg .b32 thread; .reg .b64 state;
+        mov.u32 thread, %tid.x; setp.eq.u32 first, thread, 0;
+        @first mbarrier.arrive.expect_tx.shared::cta.b64 state, [$1+{barrier}], {size};
+        mov.u32 $0, 0; }}"""
+
+
+@constexpr_function
+def _wait_text(AREA, SLOT, AGAIN):
+    barrier = _place(AREA, SLOT)[1]
+    text = f"""{{ .reg .pred done;
         again: mbarrier.try_wait.parity.shared::cta.b64 done, [$1+{barrier}], $2;
         @!done bra again;
         """
-    if AGAIN:
-        text += f"""mov.u32 thread, %tid.x; setp.eq.u32 done, thread, 0;
-        @done mbarrier.arrive.expect_tx.shared::cta.b64 state, [$1+{barrier}], {size};
-        """
-    return text + "mov.u32 $0, 0; }"
+    return text + (_expect_text(AREA, SLOT) if AGAIN else "mov.u32 $0, 0;") + " }"
 
 
 @constexpr_function
@@ -100,13 +107,16 @@ def _registers(OUTPUTS, INPUTS):
 
 
 @jit
-def open_exchange(AREA: gl.constexpr):
-    """Await all programs: from here on they may send, each slot's first round. Gives ``base``."""
+def open_exchange(AREA: gl.constexpr, PROGRAMS: gl.constexpr):
+    """Await all programs: from here on they may send, each slot's first round. Gives ``base``.
+
+    A kernel that was not launched as a cluster of PROGRAMS, nor then with memory for the area, stops here.
+    """
     # Were this all that a kernel has of Triton's memory, its PTX would not know the name.
     LINE: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     line = gl.allocate_shared_memory(gl.int32, [32], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     line.store(gl.full([32], 0, gl.int32, layout=LINE))
-    return gl.inline_asm_elementwise(_open_text(AREA), "=&r", [], dtype=gl.int32, is_pure=False, pack=1)
+    return gl.inline_asm_elementwise(_open_text(AREA, PROGRAMS), "=&r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @jit
@@ -128,6 +138,16 @@ def wait_for_round(base, count, SLOT: gl.constexpr, AREA: gl.constexpr, AGAIN: g
     """Until all of a slot's round is here, the first of which has ``count`` 0. AGAIN: another one will come."""
     TEXT: gl.constexpr = _wait_text(AREA, SLOT, AGAIN)
     gl.inline_asm_elementwise(TEXT, "=r,r,r", [base, count % 2], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@jit
+def expect_round(base, SLOT: gl.constexpr, AREA: gl.constexpr):
+    """Another round will come to a slot: what ``wait_for_round`` says by itself, unless something has to be done first.
+
+    What arrives before is counted too, and no round ends before it was expected.
+    """
+    TEXT: gl.constexpr = _expect_text(AREA, SLOT)
+    gl.inline_asm_elementwise(TEXT, "=r,r", [base], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @jit

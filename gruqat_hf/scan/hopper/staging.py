@@ -1,4 +1,5 @@
-"""What backward kernels hold in shared memory: steps on their way from global memory, and operands of the products."""
+"""What the dense backward kernel holds in shared memory: steps on their way from global memory; and, as the block-diagonal one
+does too, operands of the products."""
 
 from __future__ import annotations
 

@@ -16,6 +16,8 @@ SUMS_WEIGHTS = True
 STAGES = 8
 #: Largest block whose weights fit a program's registers.
 LARGEST = 128
+#: Registers of a thread at most: one program runs on a processor, so that sparing them gains nothing, and makes products wait.
+REGISTERS = 255
 #: Elements that 16 bytes hold at most: copies of a row of a block go in such pieces.
 _PIECE = 8
 

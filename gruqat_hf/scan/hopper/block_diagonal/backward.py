@@ -22,7 +22,7 @@ from ..gluon import gl, jit, wait_for_copies
 from ..gradients import coefficients, powers
 from ..layouts import gate_layout, product_layout
 from ..staging import operands
-from . import STAGES, rows_of_tile
+from . import REGISTERS, STAGES, rows_of_tile
 from .folding import is_folded, load_sides, multiply, multiply_two, to_right
 from .steps import fetch, pair_source, rings, saved_source, take
 
@@ -68,7 +68,7 @@ def _backward(
     step = row * sign
     at = start * row
     inside = (s < SIZE)[:, None] & (b < B)[None, :]
-    # A thread's elements share the first of these: one comparison does for both.
+    # Elements outside of a tensor are past its end at once: one comparison a step does for both.
     row_end = gl.where(b < B, T, 0)
     end = gl.where(inside, T, 0)
     offset = b[None, :] * H + c[:, None]
@@ -237,6 +237,7 @@ def backward(
             "REVERSE": reverse,
         },
         warps=padded // 16,
+        registers=REGISTERS,
     ).run()
     dbias, dbias_input = sums.sum(1).split(3)
     if not want_weights:

@@ -16,13 +16,10 @@ from ...triton.family import KernelCall, aligned
 from ...triton.math import codes, gru_gates, in_range, load_grid, pack_gates
 from ..gluon import commit_copies, copy_to_shared, gl, jit, wait_for_copies
 from ..layouts import channel_of_row, copy_layout, operand_memory, product_layout
-from . import STAGES, rows_of_tile
+from . import REGISTERS, STAGES, rows_of_tile
 from .folding import is_folded, load_sides, multiply, tile_layout, tile_memory, to_right
 
 __all__ = ["call", "forward", "prepare"]
-
-#: Of a thread at most: one program runs on a processor, so that sparing them gains nothing, and makes products wait in turn.
-_REGISTERS = 255
 
 
 @jit
@@ -216,7 +213,7 @@ def call(
         },
         warps=weights.padded // 16,
         portable=weights.quantized,
-        registers=_REGISTERS,
+        registers=REGISTERS,
     )
 
 

@@ -17,7 +17,7 @@ PACKS_GATES = True
 SUMS_WEIGHTS = False
 SUMS_BIAS = True
 
-#: Steps whose inputs a program has on their way, this one included.
+#: Steps whose inputs a program has on their way, this one included; even.
 STAGES = 4
 #: Largest blocks of which a cluster holds the weights: in fp16, and as 8-bit codes.
 LARGEST_HALF, _LARGEST_BYTES = 512, 1024

@@ -22,10 +22,11 @@ from ...triton.math import in_range, load_grid
 from ..cluster import ClusterCall
 from ..exchange import area_bytes, area_of, area_shape, close_exchange, open_exchange, read_halves, send_chunks, wait_for_round
 from ..gluon import constexpr_function, gl, jit, mma_v2, wait_for_copies
-from ..gradients import coefficients, hear_largest, maxima_bytes, powers, tell_largest
+from ..gradients import coefficients, powers
 from ..staging import fetch_step, operands, read, rings
 from . import STAGES
 from .layouts import CHANNELS, ROWS, WARPS, part_layout, parts_layout
+from .maxima import hear_largest, maxima_bytes, tell_largest
 from .weights import BackwardWeights
 from .weights import backward_weights as prepare
 
@@ -124,7 +125,7 @@ def _backward(
     # Of a product's rows, 16 are a warp's, and 128 all warps'; two such runs are a warp's part for one program.
     m = gl.arange(0, BLOCK, layout=gl.SliceLayout(1, PRODUCT))[:, None]
     column = gl.arange(0, _ROWS, layout=gl.SliceLayout(0, PRODUCT))[None, :]
-    base = open_exchange(AREA)
+    base = open_exchange(AREA, PROGRAMS)
     area = area_of(((m >> 4) & 7) * REPEATS + (m >> 8) + column * 0, base)
     to = area + part * _PART + ((m & 7) * 4 + (column >> 1)) * 16
     program = gl.arange(0, PROGRAMS, layout=gl.SliceLayout(1, gl.SliceLayout(2, PARTS)))[:, None, None]
@@ -201,6 +202,8 @@ def _backward(
     carry = gl.sum(read_halves(parts_at, 0, AREA).to(gl.float32), axis=0) * weighted + passed
     gl.store(dh0 + offset, carry.to(dh0.dtype.element_ty), mask=inside)
     close_exchange()
+    # Sums go through shared memory, which the compiler has where copies of steps that are none might still arrive.
+    wait_for_copies(0)
     sums_p = sums + gl.program_id(1) * H + c
     gate = gl.num_programs(1) * H
     sum_r = gl.sum(db_r, axis=1)

@@ -93,6 +93,7 @@ def _forward(
     BLOCK: gl.constexpr = PROGRAMS * CHANNELS
     PIECES: gl.constexpr = BLOCK // _PIECE
     AREA: gl.constexpr = _area(PIECES, TILES)
+    gl.static_assert(TILES % 2 == 1 and STAGES % 2 == 0, "turns alternate between two sets of memory, whatever the step")
     TILE: gl.constexpr = _ROWS * H
     SLOTS: gl.constexpr = STAGES * TILES
     AHEAD: gl.constexpr = (STAGES - 1) * TILES
@@ -160,7 +161,7 @@ def _forward(
             fetch_inputs(memory[(i * TILES + k) % 2][2], (i * TILES + k) // 2, inputs, present[k] & (i < T))
         gi_p += step * 3
 
-    base = open_exchange(AREA)
+    base = open_exchange(AREA, PROGRAMS)
     states_at = base + operand_at(CHANNELS)
     # For the programs of its own piece, which come first, a program is of the first piece; of the second for others.
     rank = gl.arange(0, PROGRAMS, layout=gl.SliceLayout(1, gl.SliceLayout(2, SEND)))[:, None, None]

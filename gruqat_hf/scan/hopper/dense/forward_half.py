@@ -81,6 +81,7 @@ def _forward(
     BLOCK: gl.constexpr = PROGRAMS * _CHANNELS
     DEPTH: gl.constexpr = BLOCK // _SPLITS
     AREA: gl.constexpr = _area(PROGRAMS, TILES)
+    gl.static_assert(TILES % 2 == 1 and STAGES % 2 == 0, "turns alternate between two sets of memory, whatever the step")
     TILE: gl.constexpr = _ROWS * H
     SLOTS: gl.constexpr = STAGES * TILES
     AHEAD: gl.constexpr = (STAGES - 1) * TILES
@@ -140,7 +141,7 @@ def _forward(
             fetch_inputs(memory[(i * TILES + k) % 2][2], (i * TILES + k) // 2, inputs, present[k] & (i < T))
         gi_p += step * 3
 
-    base = open_exchange(AREA)
+    base = open_exchange(AREA, PROGRAMS)
     operand_at = base + _operand_at(DEPTH)
     rank = gl.arange(0, PROGRAMS, layout=gl.SliceLayout(1, gl.SliceLayout(2, SEND)))[:, None, None]
     chunk_row = gl.arange(0, _ROWS, layout=gl.SliceLayout(0, gl.SliceLayout(2, SEND)))[None, :, None]

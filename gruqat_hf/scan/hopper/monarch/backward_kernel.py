@@ -2,37 +2,29 @@
 
 A step waits for: the state's gradient, that times three coefficients to shared memory, barrier, product with the second factor,
 its result to the others, product with the first, its result to the others. Coefficients follow from saved gates and states
-alone, and are ready before; what a step leaves behind is stored while results are on their way.
+alone, and are ready before: they are computed while the first results are on their way, and what a step leaves behind is stored
+while the second are, when warps are closest together. Stores of one would otherwise be in the way of what another sends. The
+kernel's loop begins where a program waits for the others anyhow, so that its own bookkeeping costs nothing.
 """
 
 from __future__ import annotations
 
 from ...triton.math import in_range, load_grid
-from ..exchange import area_of, area_shape, close_exchange, open_exchange, read_pairs, send_pairs, wait_for_round
-from ..gluon import constexpr_function, gl, jit, mma_v2
-from ..gradients import coefficients, hear_largest, maxima_bytes, powers, tell_largest
-from ..layouts import gate_layout, load_weights, product_layout, to_gates
-from .memory import (
-    commit_step,
-    copy_pairs,
-    in_order,
-    meet,
-    open_memory,
-    pair_bytes,
-    plane_bytes,
-    put_pairs,
-    take_chunks,
-    take_pairs,
-    wait_for_step,
-)
-from .product import chunks_at, load_parts, multiply, parts_of, read_parts
+from ..exchange import area_of, area_shape, close_exchange, expect_round, open_exchange, read_pairs, send_pairs, wait_for_round
+from ..gluon import constexpr_function, gl, jit
+from ..gradients import coefficients, powers
+from ..layouts import gate_layout, product_layout
+from .maxima import hear_largest, maxima_bytes, program_told, tell_largest
+from .memory import in_order, open_memory, pair_bytes, plane_bytes, wait_for_step
+from .product import chunks_at, load_sides, multiply, place_in_slot, read_right
+from .steps import fetch_step, mid_gradients, take_step
 
 
 @constexpr_function
 def exchange_area(BLOCK, PROGRAMS, ROWS, FIRST_GATES):
     """The exchange's: of mid values' and states' gradients, twice, and of maxima."""
     SLOT = BLOCK * ROWS * 2
-    return area_shape((FIRST_GATES * SLOT, SLOT), 2, maxima_bytes(PROGRAMS, ROWS, BLOCK // 16))
+    return area_shape((FIRST_GATES * SLOT, SLOT), 2, maxima_bytes(BLOCK, ROWS))
 
 
 @jit(do_not_specialize=["T", "B"])
@@ -51,7 +43,6 @@ def backward_kernel(
     BLOCK: gl.constexpr = H // PROGRAMS
     SHARE: gl.constexpr = BLOCK // PROGRAMS
     GATES: gl.constexpr = gate_layout(BLOCK, ROWS)
-    PRODUCT: gl.constexpr = product_layout(BLOCK)
     SLOT: gl.constexpr = BLOCK * ROWS * 2
     AREA: gl.constexpr = exchange_area(BLOCK, PROGRAMS, ROWS, FIRST_GATES)
     GATE: gl.constexpr = PROGRAMS * BLOCK * BLOCK
@@ -66,10 +57,10 @@ def backward_kernel(
     second_tile = second + part * (BLOCK * BLOCK)
     first_weights = ()
     for g in gl.static_range(FIRST_GATES):
-        first_weights = first_weights + (load_parts(first_tile + g * GATE, BLOCK),)
-    w_r = load_weights(second_tile, BLOCK)
-    w_z = load_weights(second_tile + GATE, BLOCK)
-    w_n = load_weights(second_tile + 2 * GATE, BLOCK)
+        first_weights = first_weights + (load_sides(first_tile + g * GATE, BLOCK),)
+    w_r = load_sides(second_tile, BLOCK)
+    w_z = load_sides(second_tile + GATE, BLOCK)
+    w_n = load_sides(second_tile + 2 * GATE, BLOCK)
     if h_grid is not None:
         _, h_inv, h_low, h_high = load_grid(h_grid, 0, 1)
 
@@ -81,161 +72,169 @@ def backward_kernel(
     start = gl.to_tensor(0).to(gl.int64) if REVERSE else (T - 1).to(gl.int64)
     step = row * sign
     inside = (b < B)[None, :] & (u >= 0)[:, None]
+    # A thread's elements share the first of these: one comparison does for both.
+    row_end = gl.where(b < B, T, 0)
+    end = gl.where(inside, T, 0)
     mine = part * BLOCK + u
     offset = b[None, :] * H + mine[:, None]
     wide = b[None, :] * (3 * H) + mine[:, None]
     natural = b[None, :] * H + (u * PROGRAMS + part)[:, None]
     initial = gl.load(h0 + natural, mask=inside, other=0.0).to(gl.float32)
-    carry = gl.load(dlast + offset, mask=inside, other=0.0).to(gl.float32)
+    grad = gl.load(dlast + offset, mask=inside, other=0.0).to(gl.float32)
     at = start * row
-    valid = b < B
+    runs = None
     if mask is not None:
         mask_p = mask + start * B + b
-        now = gl.load(mask_p, mask=valid, other=0)
+        runs = (gl.load(mask_p, mask=b < B, other=0) != 0)[None, :]
         mask_p += sign * B
-        real = gl.load(mask_p, mask=valid & (1 < T), other=0), gl.load(mask_p + sign * B, mask=valid & (2 < T), other=0)
+        real = gl.load(mask_p, mask=1 < row_end, other=0), gl.load(mask_p + sign * B, mask=2 < row_end, other=0)
+    passing = None, None
     if passes is not None:
         passes_p = passes + start * row + offset
-        passing = gl.load(passes_p, mask=inside, other=0), gl.load(passes_p + step, mask=inside & (1 < T), other=0)
+        passing = gl.load(passes_p, mask=inside, other=0), gl.load(passes_p + step, mask=1 < end, other=0)
     peak = gl.load(largest_gradient + b, mask=b < B, other=0.0)
     up, down = powers(gl.maximum(peak, gl.load(largest_gradient + B + b, mask=b < B, other=0.0)), 0)
 
-    open_memory(STEPS * STEP + 6 * SLOT)
+    memory = open_memory(STEPS * STEP + 6 * SLOT)
     pair = (u >> 1)[:, None] * ROWS + j[None, :]
-    saved_at = pair * 16
-    state_at = pair * PAIR + SAVED
+    saved_at = memory + pair * 16
+    state_at = memory + (pair * PAIR + SAVED)
     saved_p = gates + start * row + offset
     grad_p = dstates + start * row + offset
     state_p = states + start * row + step + offset
     for i in gl.static_range(STEPS):
-        copy_pairs(saved_at + i * STEP, saved_p, inside & (i < T))
-        copy_pairs(state_at + i * STEP, grad_p, inside & (i < T))
-        copy_pairs(state_at + (i * STEP + PLANE), state_p, inside & (i + 1 < T))
-        commit_step()
+        fetch_step(saved_at + i * STEP, state_at + i * STEP, saved_p, grad_p, state_p, i, end, PLANE)
         saved_p += step
         grad_p += step
         state_p += step
 
-    zeros = gl.full([BLOCK, 8], 0.0, gl.float32, layout=PRODUCT)
-    right_at = chunks_at(BLOCK, ROWS, 1)
     number = part * SHARE + u % SHARE
-    place = ((number >> 5) * (ROWS * 64) + ((number >> 3) & 3) * 16 + (number & 7) * 2)[:, None] + j[None, :] * 64
-    base = open_exchange(AREA)
-    chunk_at = base + chunks_at(BLOCK, ROWS, parts_of(BLOCK))
-    carry_at = ((u >> 5) * (ROWS * 64) + ((u >> 3) & 3) * 16 + (u & 7) * 2)[:, None] + j[None, :] * 64
+    base = open_exchange(AREA, PROGRAMS)
+    right_at = chunks_at(BLOCK)
+    own_at = place_in_slot(u[:, None], j[None, :], BLOCK)
     dmid_at = b[None, :] * (FIRST_GATES * H) + mine[:, None]
     area = area_of((u // SHARE)[:, None] + j[None, :] * 0, base)
-    to = area + place
+    to = area + place_in_slot(number[:, None], j[None, :], BLOCK)
+    listener = area_of(program_told(u, PROGRAMS)[:, None] + j[None, :] * 0, base)
+    put_at = memory + own_at + STEPS * STEP
+    get_at = memory + right_at + STEPS * STEP
+    came_at = base + own_at
+    right_at += base
+    nothing = gl.full([BLOCK, 8], 0.0, gl.float32, layout=product_layout(BLOCK))
+    ones = gl.full([BLOCK, ROWS], 1.0, gl.float32, layout=GATES)
 
     wait_for_step(STEPS - 1)
-    h = take_pairs(state_at + PLANE, states.dtype.element_ty).to(gl.float32)
+    saved, d, h = take_step(saved_at, state_at, states.dtype.element_ty, PLANE)
     h = gl.where(T == 1, initial, h)
-    runs = inside
-    if mask is not None:
-        runs = inside & (now != 0)[None, :]
-    c_r, c_z, c_hn, c_n, direct = coefficients(take_pairs(saved_at, gl.int64), h, runs, CLIPPED)
-    d = take_pairs(state_at, states.dtype.element_ty).to(gl.float32)
-    scaled = (d + carry) * up[None, :]
+    c_r, c_z, c_hn, c_n, direct = coefficients(saved, h, runs, CLIPPED)
+    grad += d
+    scaled = grad * up[None, :]
+    mids = mid_gradients((w_r, w_z, w_n), scaled, c_r, c_z, c_hn, put_at, get_at, passing[0], FIRST_GATES)
+    for g in gl.static_range(FIRST_GATES):
+        send_pairs(mids[g].to(gl.float16), area, to + g * SLOT, 0, AREA)
 
     for t in range(0, T, 2):
+        next_passing = passing
         for i in gl.static_range(2):
-            own = STEPS * STEP + i * (3 * SLOT)
-            put_pairs(carry_at + own, (scaled * c_r).to(gl.float16))
-            put_pairs(carry_at + (own + SLOT), (scaled * c_z).to(gl.float16))
-            put_pairs(carry_at + (own + 2 * SLOT), (scaled * c_hn).to(gl.float16))
-            meet()
-            x_r = take_chunks(right_at + own, BLOCK // 32, ROWS * 64)
-            x_z = take_chunks(right_at + (own + SLOT), BLOCK // 32, ROWS * 64)
-            x_n = take_chunks(right_at + (own + 2 * SLOT), BLOCK // 32, ROWS * 64)
-            mids = (to_gates(mma_v2(w_r, x_r, zeros), ROWS),)
-            mids = mids + (to_gates(mma_v2(w_z, x_z, zeros), ROWS),)
-            mids = mids + (to_gates(mma_v2(w_n, x_n, zeros), ROWS),)
-            if FIRST_GATES == 1:
-                mids = (mids[0] + mids[1] + mids[2],)
-            here = inside & (t + i < T)
-            sent = ()
-            for g in gl.static_range(FIRST_GATES):
-                mid = mids[g]
-                if passes is not None:
-                    mid = gl.where(((passing[i].to(gl.int32) >> g) & 1) != 0, mid, 0.0)
-                send_pairs(mid.to(gl.float16), area, to + g * SLOT, 2 * i, AREA)
-                sent = sent + (mid,)
-
-            # While gradients of mid values are on their way: what this step leaves behind.
+            # While gradients of mid values are on their way: all that the next step needs but the gradient that will come.
             in_order()
-            if dmid is not None:
-                for g in gl.static_range(FIRST_GATES):
-                    gl.store(dmid + at * FIRST_GATES + dmid_at + g * H, sent[g] * down[None, :], mask=here)
-            grad = d + carry
-            if adjoint is not None:
-                gl.store(adjoint + at + offset, gl.where(runs, grad, 0.0), mask=here)
-            dgi_p = dgi + at * 3 + wide
-            gl.store(dgi_p, (grad * c_r).to(dgi.dtype.element_ty), mask=here)
-            gl.store(dgi_p + H, (grad * c_z).to(dgi.dtype.element_ty), mask=here)
-            gl.store(dgi_p + 2 * H, (grad * c_n).to(dgi.dtype.element_ty), mask=here)
-            if dgh_n is not None:
-                gl.store(dgh_n + at + offset, (grad * c_hn).to(dgi.dtype.element_ty), mask=here)
-            at += step
-            passed = grad * direct
-            weighted = gl.full([BLOCK, ROWS], 1.0, gl.float32, layout=GATES) * down[None, :]
+            da_r = grad * c_r
+            da_z = grad * c_z
+            da_n = grad * c_n
+            dh_n = grad * c_hn
+            rest = grad * direct
+            counted = grad if mask is None else gl.where(runs, grad, 0.0)
+            weighted = ones * down[None, :]
+            change = ones
             if h_grid is not None:
-                weighted = gl.where(in_range(h, h_inv, h_low, h_high), weighted, 0.0)
+                inner = in_range(h, h_inv, h_low, h_high)
+                weighted = gl.where(inner, weighted, 0.0)
+                change = gl.where(inner, change, 0.0)
+            wait_for_step(STEPS - 2)
+            coming = ((t + i + 1) & (STEPS - 1)) * STEP
+            saved, d, h = take_step(saved_at + coming, state_at + coming, states.dtype.element_ty, PLANE)
             # The memory of this step, which has been read, is that of another.
             going = ((t + i) & (STEPS - 1)) * STEP
-            copy_pairs(saved_at + going, saved_p, inside & (t + i + STEPS < T))
-            copy_pairs(state_at + going, grad_p, inside & (t + i + STEPS < T))
-            copy_pairs(state_at + (going + PLANE), state_p, inside & (t + i + STEPS + 1 < T))
-            commit_step()
+            fetch_step(saved_at + going, state_at + going, saved_p, grad_p, state_p, t + i + STEPS, end, PLANE)
             saved_p += step
             grad_p += step
             state_p += step
-
+            h = gl.where(t + i + 2 == T, initial, h)
+            if mask is not None:
+                runs = (real[i] != 0)[None, :]
+                comes = runs
+            else:
+                # The second step of a last pair may be none: it hands its gradient on.
+                comes = (t + 1 < row_end)[None, :] if i == 0 else None
+            c_r, c_z, c_hn, c_n, direct = coefficients(saved, h, comes, CLIPPED)
+            rest += d
+            unscale = down
             if t % RESCALE == 0:
                 if i == 0:
-                    tell_largest(base, carry, part, PROGRAMS, 4, AREA)
+                    tell_largest(grad, u, listener, part, PROGRAMS, 4, AREA)
                 else:
-                    largest = hear_largest(base, t // RESCALE, PROGRAMS, ROWS, 4, AREA, GATES)
+                    largest = hear_largest(base, t // RESCALE, PROGRAMS, BLOCK, ROWS, 4, AREA, GATES)
                     up, down = powers(gl.maximum(largest, peak), 0)
+            # What comes as 0 must not become NaN, however much gradients have shrunk since.
+            change *= gl.minimum(unscale * up, 2.0**100)[None, :]
+            scaled_rest = rest * up[None, :]
 
-            wait_for_round(base, t >> 1, 2 * i, AREA)
-            total = multiply(first_weights[0], read_parts(chunk_at, 2 * i, AREA, BLOCK, ROWS), zeros, ROWS)
+            wait_for_round(base, (t >> 1) & 1, 2 * i, AREA, False)
+            right = (read_right(right_at, 2 * i, AREA, BLOCK),)
             for g in gl.static_range(1, FIRST_GATES):
-                right = read_parts(chunk_at + g * SLOT, 2 * i, AREA, BLOCK, ROWS)
-                total += multiply(first_weights[g], right, zeros, ROWS)
+                right = right + (read_right(right_at + g * SLOT, 2 * i, AREA, BLOCK),)
+            total = multiply(first_weights[0], right[0], nothing)
+            for g in gl.static_range(1, FIRST_GATES):
+                total += multiply(first_weights[g], right[g], nothing)
             send_pairs(total.to(gl.float16), area, to, 2 * i + 1, AREA)
+            expect_round(base, 2 * i, AREA)
 
-            # The next step's coefficients, while the others' results are on their way.
-            wait_for_step(STEPS - 1)
-            coming = ((t + i + 1) & (STEPS - 1)) * STEP
-            h = take_pairs(state_at + (coming + PLANE), states.dtype.element_ty).to(gl.float32)
-            h = gl.where(t + i + 2 == T, initial, h)
-            d = take_pairs(state_at + coming, states.dtype.element_ty).to(gl.float32)
-            runs = inside & (t + i + 1 < T)
-            if mask is not None:
-                runs = runs & (real[i] != 0)[None, :]
+            # While these gradients are on their way: what this step leaves behind.
+            in_order()
+            here = t + i < end
+            if dmid is not None:
+                for g in gl.static_range(FIRST_GATES):
+                    gl.store(dmid + at * FIRST_GATES + dmid_at + g * H, mids[g] * unscale[None, :], mask=here)
+            if adjoint is not None:
+                gl.store(adjoint + at + offset, counted, mask=here)
+            dgi_p = dgi + at * 3 + wide
+            gl.store(dgi_p, da_r.to(dgi.dtype.element_ty), mask=here)
+            gl.store(dgi_p + H, da_z.to(dgi.dtype.element_ty), mask=here)
+            gl.store(dgi_p + 2 * H, da_n.to(dgi.dtype.element_ty), mask=here)
+            if dgh_n is not None:
+                gl.store(dgh_n + at + offset, dh_n.to(dgi.dtype.element_ty), mask=here)
+            at += step
             if i == 0:
                 # Of the pair after this one, both at once: a wait for one would be a wait for what was set out for after it.
                 if mask is not None:
                     mask_p += 2 * sign * B
                     next_real = (
-                        gl.load(mask_p, mask=valid & (t + 3 < T), other=0),
-                        gl.load(mask_p + sign * B, mask=valid & (t + 4 < T), other=0),
+                        gl.load(mask_p, mask=t + 3 < row_end, other=0),
+                        gl.load(mask_p + sign * B, mask=t + 4 < row_end, other=0),
                     )
                 if passes is not None:
                     passes_p += 2 * step
                     next_passing = (
-                        gl.load(passes_p, mask=inside & (t + 2 < T), other=0),
-                        gl.load(passes_p + step, mask=inside & (t + 3 < T), other=0),
+                        gl.load(passes_p, mask=t + 2 < end, other=0),
+                        gl.load(passes_p + step, mask=t + 3 < end, other=0),
                     )
-            c_r, c_z, c_hn, c_n, direct = coefficients(take_pairs(saved_at + coming, gl.int64), h, runs, CLIPPED)
-            passed_on = (d + passed) * up[None, :]
-            wait_for_round(base, t >> 1, 2 * i + 1, AREA)
-            came = read_pairs(base + carry_at, 2 * i + 1, AREA).to(gl.float32) * weighted
-            scaled = came * up[None, :] + passed_on
-            carry = came + passed
+
+            wait_for_round(base, (t >> 1) & 1, 2 * i + 1, AREA, False)
+            came = read_pairs(came_at, 2 * i + 1, AREA).to(gl.float32)
+            scaled = came * change + scaled_rest
+            grad = came * weighted + rest
+            own = (1 - i) * 3 * SLOT
+            now = passing[1] if i == 0 else next_passing[0]
+            mids = mid_gradients((w_r, w_z, w_n), scaled, c_r, c_z, c_hn, put_at + own, get_at + own, now, FIRST_GATES)
+            for g in gl.static_range(FIRST_GATES):
+                send_pairs(mids[g].to(gl.float16), area, to + g * SLOT, 2 * (1 - i), AREA)
+            expect_round(base, 2 * i + 1, AREA)
         if mask is not None:
             real = next_real
         if passes is not None:
             passing = next_passing
-    gl.store(dh0 + natural, carry.to(dh0.dtype.element_ty), mask=inside)
+    # There is no step after the last, whose gradient would be added.
+    gl.store(dh0 + natural, grad.to(dh0.dtype.element_ty), mask=inside)
+    # The last round is of no step, but must have come before a program may end.
+    wait_for_round(base, ((T + 1) >> 1) & 1, 0, AREA, False)
     close_exchange()

@@ -17,12 +17,12 @@ from ...triton.family import aligned
 from ...triton.math import codes, gru_gates, in_range, load_grid, pack_gates
 from ...triton.transposition import transposed, transposition
 from ..cluster import ClusterCall
-from ..exchange import area_bytes, area_of, area_shape, close_exchange, open_exchange, send_pairs, wait_for_round
+from ..exchange import area_bytes, area_of, area_shape, close_exchange, expect_round, open_exchange, send_pairs, wait_for_round
 from ..gluon import constexpr_function, gl, jit
 from ..layouts import gate_layout, product_layout, to_product
 from . import REGISTERS, STEPS, TILE_ROWS
 from .memory import commit_step, copy_pairs, in_order, open_memory, plane_bytes, take_pairs, wait_for_step
-from .product import chunks_at, load_parts, multiply, parts_of, read_parts
+from .product import chunks_at, load_sides, multiply, place_in_slot, read_right
 from .weights import MonarchWeights
 from .weights import forward_weights as prepare
 
@@ -61,10 +61,10 @@ def _forward(
     second_tile = second + part * (BLOCK * BLOCK)
     first_weights = ()
     for g in gl.static_range(FIRST_GATES):
-        first_weights = first_weights + (load_parts(first_tile + g * GATE, BLOCK),)
-    w_r = load_parts(second_tile, BLOCK)
-    w_z = load_parts(second_tile + GATE, BLOCK)
-    w_n = load_parts(second_tile + 2 * GATE, BLOCK)
+        first_weights = first_weights + (load_sides(first_tile + g * GATE, BLOCK),)
+    w_r = load_sides(second_tile, BLOCK)
+    w_z = load_sides(second_tile + GATE, BLOCK)
+    w_n = load_sides(second_tile + 2 * GATE, BLOCK)
 
     u = gl.arange(0, BLOCK, layout=gl.SliceLayout(1, GATES))
     j = gl.arange(0, ROWS, layout=gl.SliceLayout(0, GATES))
@@ -101,6 +101,7 @@ def _forward(
     start = (T - 1).to(gl.int64) if REVERSE else gl.to_tensor(0).to(gl.int64)
     step = row * sign
     inside = (b < B)[None, :] & (u >= 0)[:, None]
+    end = gl.where(inside, T, 0)
     offset = b[None, :] * H + (part * BLOCK + u)[:, None]
     h = gl.load(h0 + (b[None, :] * H + c[:, None]), mask=inside, other=0.0).to(gl.float32)
     out_p = states + start * row
@@ -113,37 +114,37 @@ def _forward(
         mask_p = mask + start * B + b
         real = gl.load(mask_p, mask=valid, other=0), gl.load(mask_p + sign * B, mask=valid & (1 < T), other=0)
 
-    open_memory(STEPS * 3 * PLANE)
-    pair_at = ((u >> 1)[:, None] * ROWS + j[None, :]) * (2 * PLANE // (BLOCK * ROWS))
+    memory = open_memory(STEPS * 3 * PLANE)
+    pair_at = memory + ((u >> 1)[:, None] * ROWS + j[None, :]) * (2 * PLANE // (BLOCK * ROWS))
     gi_p = gi + start * row * 3 + (b[None, :] * (3 * H) + (part * BLOCK + u)[:, None])
     for i in gl.static_range(STEPS):
-        copy_pairs(pair_at + i * (3 * PLANE), gi_p, inside & (i < T), 3, H, PLANE)
+        copy_pairs(pair_at + i * (3 * PLANE), gi_p, i < end, 3, H, PLANE)
         commit_step()
         gi_p += step * 3
 
     number = part * SHARE + u % SHARE
-    place = ((number >> 5) * (ROWS * 64) + ((number >> 3) & 3) * 16 + (number & 7) * 2)[:, None] + j[None, :] * 64
-    base = open_exchange(AREA)
-    chunk_at = base + chunks_at(BLOCK, ROWS, parts_of(BLOCK))
+    base = open_exchange(AREA, PROGRAMS)
+    chunk_at = base + chunks_at(BLOCK)
     area = area_of((u // SHARE)[:, None] + j[None, :] * 0, base)
-    to = area + place
+    to = area + place_in_slot(number[:, None], j[None, :], BLOCK)
     x = codes(h, h_inv, h_low, h_high) if PORTABLE else h
     send_pairs(x.to(gl.float16), area, to, 0, AREA)
 
     for t in range(0, T, 2):
         for i in gl.static_range(2):
-            wait_for_round(base, t >> 1, 2 * i, AREA)
-            right = read_parts(chunk_at, 2 * i, AREA, BLOCK, ROWS)
+            wait_for_round(base, (t >> 1) & 1, 2 * i, AREA, False)
+            right = read_right(chunk_at, 2 * i, AREA, BLOCK)
             for g in gl.static_range(FIRST_GATES):
-                mid = multiply(first_weights[g], right, nothing, ROWS)
+                mid = multiply(first_weights[g], right, nothing)
                 if PORTABLE:
                     _, mid_inv, mid_low, mid_high = mid_grids[g]
                     mid = codes(mid * mid_scales[g], mid_inv, mid_low, mid_high)
                 send_pairs(mid.to(gl.float16), area, to + g * SLOT, 2 * i + 1, AREA)
+            expect_round(base, 2 * i, AREA)
 
             # While mid values are on their way: results of the step before, inputs of this one and of a later one.
             in_order()
-            before = inside & (t + i > 0) & (t + i <= T)
+            before = inside & (t > 0) if i == 0 else inside
             gl.store(out_p - step + offset, h.to(states.dtype.element_ty), mask=before)
             if PACKED:
                 gl.store(gates_p - step + offset, kept, mask=before)
@@ -152,7 +153,7 @@ def _forward(
             gi_r = take_pairs(at, gi.dtype.element_ty).to(gl.float32)
             gi_z = take_pairs(at + PLANE, gi.dtype.element_ty).to(gl.float32)
             gi_n = take_pairs(at + 2 * PLANE, gi.dtype.element_ty).to(gl.float32)
-            copy_pairs(at, gi_p, inside & (t + i + STEPS < T), 3, H, PLANE)
+            copy_pairs(at, gi_p, t + i + STEPS < end, 3, H, PLANE)
             commit_step()
             gi_p += step * 3
             if mask is not None:
@@ -163,15 +164,13 @@ def _forward(
                         gl.load(mask_p + sign * B, mask=valid & (t + 3 < T), other=0),
                     )
 
-            wait_for_round(base, t >> 1, 2 * i + 1, AREA)
-            right = read_parts(chunk_at, 2 * i + 1, AREA, BLOCK, ROWS)
-            gh_r = multiply(w_r, right, start_r, ROWS)
-            if FIRST_GATES > 1:
-                right = read_parts(chunk_at + 2 * SLOT, 2 * i + 1, AREA, BLOCK, ROWS)
-            gh_n = multiply(w_n, right, start_n, ROWS)
-            if FIRST_GATES > 1:
-                right = read_parts(chunk_at + SLOT, 2 * i + 1, AREA, BLOCK, ROWS)
-            gh_z = multiply(w_z, right, start_z, ROWS)
+            wait_for_round(base, (t >> 1) & 1, 2 * i + 1, AREA, False)
+            right = ()
+            for g in gl.static_range(FIRST_GATES):
+                right = right + (read_right(chunk_at + g * SLOT, 2 * i + 1, AREA, BLOCK),)
+            gh_r = multiply(w_r, right[0], start_r)
+            gh_n = multiply(w_n, right[FIRST_GATES - 1], start_n)
+            gh_z = multiply(w_z, right[FIRST_GATES // 2], start_z)
             if PORTABLE:
                 gh_r = gh_r * s_r + b_r
                 gh_z = gh_z * s_z + b_z
@@ -186,12 +185,13 @@ def _forward(
             h = new
             x = codes(h, h_inv, h_low, h_high) if PORTABLE else h
             send_pairs(x.to(gl.float16), area, to, 2 * (1 - i), AREA)
+            expect_round(base, 2 * i + 1, AREA)
             out_p += step
             if PACKED:
                 kept = pack_gates(r, z, n, hn)
                 gates_p += step
             elif gates is not None:
-                here = inside & (t + i < T)
+                here = t + i < end
                 gates_at = gates_p + (b[None, :] * (4 * H) + c[:, None])
                 gl.store(gates_at, r, mask=here)
                 gl.store(gates_at + H, z, mask=here)

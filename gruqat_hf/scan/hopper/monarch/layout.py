@@ -11,12 +11,12 @@ this numbering, channel ``u * C + c`` at place ``c * BLOCK + u`` of its row, so 
 order. ``triton/transposition.py`` gets there and back.
 
 Shares arrive in the order of their senders, number ``p = sender * SHARE + i``, as chunks of 8 values of a row of the batch, 16
-bytes, 4 chunks for each row:
+bytes, 8 chunks to a line (4 where a program has 32 channels):
 
-    [p // 32][row][p // 8 % 4][p % 8]
+    [p // 64][row][p // 8 % 8][p % 8]
 
-Of a product's right side, lane ``4 * i + j`` then reads chunk ``j`` of column ``i``; inputs are named for that, as in the dense
-kernel.
+with chunks of a line shifted from row to row, for the sake of banks. Of a product's right side, lane ``4 * i + j`` then reads
+chunk ``j`` of half ``i % 2`` of row ``i // 2``; inputs are named for that, as in the dense kernel.
 """
 
 from __future__ import annotations

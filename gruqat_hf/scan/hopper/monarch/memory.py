@@ -25,16 +25,10 @@ def plane_bytes(DTYPE, BLOCK, ROWS):
 
 
 @constexpr_function
-def _in_memory(PLACE, text):
-    """PTX that finds, in ``at``, the address of a place in the memory."""
-    return f"{{ .reg .b32 at; mov.u32 at, gruqat_memory; add.u32 at, at, {PLACE};\n{text} }}"
-
-
-@constexpr_function
 def _copy_text(BYTES, COUNT, STRIDE, PLANE):
     kind = "cg" if BYTES == 16 else "ca"
-    copies = [f"cp.async.{kind}.shared.global [at+{i * PLANE}], [$4+{i * STRIDE}], {BYTES}, $6;\n" for i in range(COUNT)]
-    return _in_memory("$2", "".join(copies) + "mov.u32 $0, 0; mov.u32 $1, 0;")
+    copies = [f"cp.async.{kind}.shared.global [$2+{i * PLANE}], [$4+{i * STRIDE}], {BYTES}, $6;\n" for i in range(COUNT)]
+    return "".join(copies) + "mov.u32 $0, 0; mov.u32 $1, 0;"
 
 
 @constexpr_function
@@ -42,8 +36,8 @@ def _chunks_text(COUNT, STRIDE):
     text = ""
     for i in range(COUNT):
         words = ", ".join(f"${4 * i + word}" for word in range(4))
-        text += f"ld.shared.v4.b32 {{{words}}}, [at+{i * STRIDE}];\n"
-    return _in_memory(f"${4 * COUNT}", text)
+        text += f"ld.shared.v4.b32 {{{words}}}, [${4 * COUNT}+{i * STRIDE}];\n"
+    return text
 
 
 @constexpr_function
@@ -53,7 +47,7 @@ def _chunks_registers(COUNT):
 
 @constexpr_function
 def _declaration(BYTES):
-    return f".shared .align 128 .b8 gruqat_memory[{BYTES}];"
+    return f".shared .align 128 .b8 gruqat_memory[{BYTES}]; mov.u32 $0, gruqat_memory;"
 
 
 @constexpr_function
@@ -68,9 +62,9 @@ def _run(TEXT: gl.constexpr):
 
 @jit
 def open_memory(BYTES: gl.constexpr):
-    """Declare the memory."""
+    """Declare the memory. Gives its address, which places in it are added to."""
     TEXT: gl.constexpr = _declaration(BYTES)
-    _run(TEXT)
+    return gl.inline_asm_elementwise(TEXT, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @jit
@@ -105,13 +99,13 @@ def wait_for_step(COUNT: gl.constexpr):
 def take_pairs(at, DTYPE: gl.constexpr):
     """The values of DTYPE that :func:`copy_pairs` brought to ``at``, in its layout."""
     if DTYPE.primitive_bitwidth == 16:
-        TEXT: gl.constexpr = _in_memory("$1", "ld.shared.b32 $0, [at];")
+        TEXT: gl.constexpr = "ld.shared.b32 $0, [$1];"
         bits = gl.inline_asm_elementwise(TEXT, "=r,r,r", [at], dtype=gl.int16, is_pure=False, pack=2)
     elif DTYPE.primitive_bitwidth == 32:
-        TEXT: gl.constexpr = _in_memory("$2", "ld.shared.v2.b32 {$0, $1}, [at];")
+        TEXT: gl.constexpr = "ld.shared.v2.b32 {$0, $1}, [$2];"
         bits = gl.inline_asm_elementwise(TEXT, "=r,=r,r,r", [at], dtype=gl.int32, is_pure=False, pack=2)
     else:
-        TEXT: gl.constexpr = _in_memory("$2", "ld.shared.v2.b64 {$0, $1}, [at];")
+        TEXT: gl.constexpr = "ld.shared.v2.b64 {$0, $1}, [$2];"
         bits = gl.inline_asm_elementwise(TEXT, "=l,=l,r,r", [at], dtype=gl.int64, is_pure=False, pack=2)
     return bits.to(DTYPE, bitcast=True)
 
@@ -119,7 +113,7 @@ def take_pairs(at, DTYPE: gl.constexpr):
 @jit
 def put_pairs(at, values):
     """Write each two fp16 values of a thread to the first's place ``at``."""
-    TEXT: gl.constexpr = _in_memory("$3", "st.shared.b32 [at], $2; mov.u32 $0, 0; mov.u32 $1, 0;")
+    TEXT: gl.constexpr = "st.shared.b32 [$3], $2; mov.u32 $0, 0; mov.u32 $1, 0;"
     gl.inline_asm_elementwise(TEXT, "=&r,=&r,r,r,r", [values, at], dtype=gl.int32, is_pure=False, pack=2)
 
 
