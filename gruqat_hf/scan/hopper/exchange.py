@@ -51,7 +51,7 @@ def _open_text(AREA, PROGRAMS):
         """
     for _, barrier, _ in places:
         text += f"@first mbarrier.init.shared::cta.b64 [$0+{barrier}], 1;\n"
-    text += "@first fence.mbarrier_init.release.cluster;\n"
+    text += "@first fence.mbarrier_init.release.cluster; bar.warp.sync 0xffffffff;\n"
     for _, barrier, size in places:
         text += f"@first mbarrier.arrive.expect_tx.shared::cta.b64 state, [$0+{barrier}], {size};\n"
     return text + "barrier.cluster.arrive.release; barrier.cluster.wait.acquire; }"
