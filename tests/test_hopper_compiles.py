@@ -39,8 +39,15 @@ CODES = {
     "blocks of 1024": ("dense", "dense", Case(4, 4, 1, 1024)),
     "blocks of 1024 that take turns": ("dense", "dense", Case(4, 200, 1, 1024)),
 }
-#: Bytes of a thread's stack at most, where registers do not suffice; see docs/kernels.md. "many rows" are tiles of 8.
-SPILLED = {"many rows": 24, "large blocks, many rows": 216, "blocks of 1024 that take turns": 24}
+#: Bytes of a thread's stack at most, with any Triton, where registers do not suffice; see docs/kernels.md. "many rows" are tiles
+#: of 8. Those of 256 are Triton 3.9's, whose ptxas keeps the same 128 registers less well.
+SPILLED = {
+    "many rows": 24,
+    "large blocks, many rows": 232,
+    "blocks of 1024 that take turns": 80,
+    "blocks of 256": 8,
+    "tiles of 256 that take turns": 8,
+}
 RUNS = [(name, quantized) for name in FAMILIES for quantized in (False, True)]
 RUNS += [pytest.param(name, quantized, marks=SLOW) for name in MORE for quantized in (False, True)]
 RUNS += [pytest.param(name, True, marks=SLOW) for name in CODES]
