@@ -31,7 +31,7 @@ class Results:
 
     @property
     def shapes(self) -> list[Shape]:
-        return list(dict.fromkeys(tuple(row["shape"]) for row in self.rows))
+        return list(dict.fromkeys(tuple(row["shape"]) for row in self.rows if row["library"] == OURS))
 
     @property
     def structures(self) -> list[str]:
