@@ -9,8 +9,9 @@ Two changes of names, which cost nothing, make that what the gates want:
 
 * Row ``i`` of a warp's weights is channel ``2 * i``, row ``i + 8`` channel ``2 * i + 1`` (:func:`channel_of_row`). A thread then
   owns two adjacent channels, and reads and writes them in one access.
-* With a tile of 4 rows of the batch, columns ``2 * j`` and ``2 * j + 1`` hold the same row ``j``: half of the product is computed
-  twice, but rows are spread over twice as many processors, and a thread has gates of 2 elements to compute instead of 4.
+* With a tile of 4 rows of the batch, columns ``2 * j`` and ``2 * j + 1`` hold the same row ``j``: rows are spread over twice as
+  many processors, and a thread has gates of 2 elements to compute instead of 4. Half of the product is computed twice, unless
+  each column holds half of the channels (``block_diagonal/folding.py``, ``monarch/product.py``).
 
       16 channels of a warp, 4 rows            16 channels, 8 rows
       lane  0: c0 c1 of row 0                  lane  0: c0 c1 of rows 0 and 1
