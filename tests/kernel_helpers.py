@@ -27,6 +27,12 @@ def skip_unless_kernels_run(device: torch.device) -> None:
         pytest.skip("set TRITON_INTERPRET=1 for kernels on the CPU, and unset it for those on a GPU: NOT TESTED here")
 
 
+def skip_unless_hopper() -> None:
+    """For tests marked gpu, which need any GPU."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a GPU of compute capability 9.0, and this machine has none: NOT TESTED here")
+
+
 @dataclass(frozen=True)
 class Case:
     """A scan to try. ``second`` is ``(l, s)`` of a monarch's second factor; None takes that of the first."""

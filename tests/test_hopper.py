@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import scan_helpers
 import torch
-from kernel_helpers import Case, check_against_reference, distance, matmul_precision
+from kernel_helpers import Case, check_against_reference, distance, matmul_precision, skip_unless_hopper
 from scan_helpers import RECIPES, build, clip, gradients
 
 from gruqat_hf.layers import GRULayer
@@ -20,8 +20,7 @@ CUDA = torch.device("cuda")
 
 @pytest.fixture(autouse=True)
 def _hopper() -> None:
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs a GPU of compute capability 9.0, and this machine has none: NOT TESTED here")
+    skip_unless_hopper()
 
 
 def blocks(count: int) -> dict[str, object]:
