@@ -14,17 +14,41 @@ from ..device import device_facts
 from ..exchange_plan import cdiv, power_of_two
 from ..family import KernelCall
 from ..math import codes, in_range, load_grid, to_tf32
-from .blocks import axes, natural, place, rows_before
+from .blocks import Axis, axes, natural, place, rows_before
+
+#: Results of a program at most, how many of them it is worth to have in a row in memory, and how many fill a sector.
+_RESULTS, _RUN, _SECTOR = 8192, 32, 8
 
 
 @triton.jit
 def _inputs(at, ok, i, END, grid, inv, low, high, AXIS: tl.constexpr, PRECISION: tl.constexpr):
-    """Inputs ``i`` below ``END`` of the rows at ``at``, as the product reads them: codes in fp16, or fp32."""
-    x = tl.load(at[:, None] + place(i, AXIS)[None, :], mask=ok[:, None] & (i < END)[None, :], other=0.0).to(tl.float32)
+    """Inputs ``i`` below ``END`` of blocks and rows at ``at``, as the product reads them: codes in fp16, or fp32."""
+    x = tl.load(at[:, :, None] + place(i, AXIS)[None, None, :], mask=ok & (i < END)[None, None, :], other=0.0).to(tl.float32)
     if grid is not None:
         return codes(x, inv, low, high).to(tl.float16)
     else:
         return to_tf32(x, PRECISION)
+
+
+@triton.jit
+def _dot(x, w, total, PRECISION: tl.constexpr):
+    """``total`` and the products of blocks ``[blocks, rows, in]`` with ``[blocks, in, out]``."""
+    if x.shape[0] == 1:
+        x = tl.reshape(x, (x.shape[1], x.shape[2]))
+        w = tl.reshape(w, (w.shape[1], w.shape[2]))
+        sum = tl.dot(x, w, tl.reshape(total, (total.shape[1], total.shape[2])), input_precision=PRECISION)
+        return tl.reshape(sum, (1, sum.shape[0], sum.shape[1]))
+    else:
+        return tl.dot(x, w, total, input_precision=PRECISION)
+
+
+@triton.jit
+def _in_memory_order(values, RUN: tl.constexpr):
+    """``[blocks, rows, elements]`` → ``[rows, runs, blocks * RUN]``: RUN elements of a block lie beside those of the next one."""
+    BLOCKS: tl.constexpr = values.shape[0]
+    RUNS: tl.constexpr = values.shape[2] // RUN
+    values = tl.permute(tl.reshape(values, (BLOCKS, values.shape[1], RUNS, RUN)), (1, 2, 0, 3))
+    return tl.reshape(values, (values.shape[0], RUNS, BLOCKS * RUN))
 
 
 @triton.jit(do_not_specialize=["R", "B"])
@@ -33,9 +57,11 @@ def _kernel(
     STATES_ROW: tl.constexpr, H0_ROW: tl.constexpr, SCALE: tl.constexpr,
     BLOCK: tl.constexpr, IN: tl.constexpr, OUT_BLOCK: tl.constexpr, OUT: tl.constexpr,
     GATES: tl.constexpr, GROUPS: tl.constexpr, MID_SCALES: tl.constexpr, CODES: tl.constexpr, REVERSE: tl.constexpr,
-    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """``out[r, g, k, o] = sum over i of weight[g, k, o, i] * x[r, k, i]``; programs differ in columns, then blocks, then rows.
+
+    BLOCKS: that a program takes together, because their results lie side by side.
 
     With ``h_grid`` products are of codes: one exact sum for each group of inputs, times its scale. With ``mid_grid`` ``out`` gets
     codes (CODES) or what they stand for. SCALE: strides of the weights' scales. BLOCK, IN, OUT_BLOCK, OUT: axes of blocks and
@@ -45,14 +71,28 @@ def _kernel(
     WIDTH: tl.constexpr = IN[0] // GROUPS
     ONCE: tl.constexpr = GROUPS == 1 and WIDTH <= DEPTH
     CHANNELS: tl.constexpr = OUT_BLOCK[0] * OUT[0]
-    o = tl.program_id(0) % tiles * COLUMNS + tl.arange(0, COLUMNS)
-    k = tl.program_id(0) // tiles % BLOCK[0]
-    n = tl.cast(tl.program_id(0) // (tiles * BLOCK[0]), tl.int64) * ROWS + tl.arange(0, ROWS)
-    ok = n < R
-    own = o < OUT[0]
-    whole = ok[:, None] & own[None, :]
-    position = (place(k, OUT_BLOCK) + place(o, OUT))[None, :]
-    at = rows_before(states, h0, n, R, B, STATES_ROW, H0_ROW, REVERSE) + place(k, BLOCK)
+    turns: tl.constexpr = (BLOCK[0] + BLOCKS - 1) // BLOCKS
+    first_o = tl.program_id(0) % tiles * COLUMNS
+    first_k = tl.program_id(0) // tiles % turns * BLOCKS
+    o = first_o + tl.arange(0, COLUMNS)
+    k = first_k + tl.arange(0, BLOCKS)
+    n = tl.cast(tl.program_id(0) // (tiles * turns), tl.int64) * ROWS + tl.arange(0, ROWS)
+    own = (k < BLOCK[0])[:, None, None] & (o < OUT[0])[None, None, :]
+    ok = (k < BLOCK[0])[:, None, None] & (n < R)[None, :, None]
+    # Results as they lie in memory: rows, runs, and what is in a run.
+    if BLOCKS == 1:
+        RUN: tl.constexpr = COLUMNS
+        at_run = place(o, OUT)[None, :]
+        whole = (o < OUT[0])[None, :]
+    else:
+        RUN: tl.constexpr = 1 if OUT[1] == OUT[0] else OUT[1]
+        run = first_o // RUN + tl.arange(0, COLUMNS // RUN)[:, None]
+        c = tl.arange(0, BLOCKS * RUN)[None, :]
+        at_run = run * (OUT[3] if OUT[1] == OUT[0] else OUT[2]) + c
+        whole = (first_k + c // RUN < BLOCK[0]) & (run * RUN + c % RUN < OUT[0])
+    position = place(first_k, OUT_BLOCK) + at_run[None, :, :]
+    whole = (n < R)[:, None, None] & whole[None, :, :]
+    at = rows_before(states, h0, n, R, B, STATES_ROW, H0_ROW, REVERSE)[None, :] + place(k, BLOCK)[:, None]
     depth = tl.arange(0, DEPTH)
     if h_grid is not None:
         h_scale, inv, low, high = load_grid(h_grid, 0, 1)
@@ -60,25 +100,27 @@ def _kernel(
         inv, low, high = 1.0, 0.0, 0.0
     if ONCE:
         x_once = _inputs(at, ok, depth, WIDTH, h_grid, inv, low, high, IN, PRECISION)
-    passed = tl.zeros((ROWS, COLUMNS), tl.int32)
+    passed = tl.zeros((ROWS, COLUMNS // RUN, BLOCKS * RUN), tl.int32)
     for g in tl.static_range(GATES):
-        weight_p = weight + ((g * BLOCK[0] + natural(k, BLOCK)) * OUT[0] + natural(o, OUT))[None, :] * IN[0]
-        total = tl.zeros((ROWS, COLUMNS), tl.float32)
+        row = ((g * BLOCK[0] + natural(k, BLOCK)) * OUT[0])[:, None, None] + natural(o, OUT)[None, None, :]
+        total = tl.zeros((BLOCKS, ROWS, COLUMNS), tl.float32)
         for j in tl.range(0, GROUPS, num_stages=1):
-            acc = tl.zeros((ROWS, COLUMNS), tl.float32)
+            acc = tl.zeros((BLOCKS, ROWS, COLUMNS), tl.float32)
             for start in tl.range(0, WIDTH, DEPTH, num_stages=1):
                 i = j * WIDTH + start + depth
                 end = (j + 1) * WIDTH
                 x = x_once if ONCE else _inputs(at, ok, i, end, h_grid, inv, low, high, IN, PRECISION)
-                w = tl.load(weight_p + natural(i, IN)[:, None], mask=own[None, :] & (i < end)[:, None], other=0)
+                weight_p = weight + row * IN[0] + natural(i, IN)[None, :, None]
+                w = tl.load(weight_p, mask=own & (i < end)[None, :, None], other=0)
                 if h_grid is not None:
-                    acc = tl.dot(x, w.to(tl.float16), acc)
+                    acc = _dot(x, w.to(tl.float16), acc, PRECISION)
                 else:
-                    acc = tl.dot(x, to_tf32(w.to(tl.float32), PRECISION), acc, input_precision=PRECISION)
+                    acc = _dot(x, to_tf32(w.to(tl.float32), PRECISION), acc, PRECISION)
             if h_grid is not None:
-                scale_p = scale + g * SCALE[0] + natural(k, BLOCK) * SCALE[1] + natural(o, OUT) * SCALE[2] + j * SCALE[3]
-                acc = acc * (h_scale * tl.load(scale_p, mask=own, other=0.0))[None, :]
+                scale_at = (natural(k, BLOCK) * SCALE[1])[:, None, None] + (natural(o, OUT) * SCALE[2])[None, None, :]
+                acc = acc * (h_scale * tl.load(scale + g * SCALE[0] + j * SCALE[3] + scale_at, mask=own, other=0.0))
             total += acc
+        total = _in_memory_order(total, RUN)
         if mid_grid is not None:
             mid_scale, mid_inv, mid_low, mid_high = load_grid(mid_grid, g if MID_SCALES > 1 else 0, MID_SCALES)
             passed |= in_range(total, mid_inv, mid_low, mid_high).to(tl.int32) << g
@@ -86,9 +128,19 @@ def _kernel(
             if not CODES:
                 total = total * mid_scale
         if out is not None:
-            tl.store(out + (n * GATES + g)[:, None] * CHANNELS + position, total.to(out.dtype.element_ty), mask=whole)
+            tl.store(out + (n * GATES + g)[:, None, None] * CHANNELS + position, total.to(out.dtype.element_ty), mask=whole)
     if passes is not None:
-        tl.store(passes + n[:, None] * CHANNELS + position, passed.to(tl.uint8), mask=whole)
+        tl.store(passes + n[:, None, None] * CHANNELS + position, passed.to(tl.uint8), mask=whole)
+
+
+def _together(block: Axis, element: Axis) -> int:
+    """How many blocks a program takes: several where a block's elements are so far apart in memory that they fill no sector by
+    themselves, and those of other blocks lie between them. Fewer than 8 would keep warps from sharing them out."""
+    if element.count == element.size and element.inner == 1:
+        return 1
+    run = 1 if element.count == element.size else element.count
+    together = min(_RUN // run, block.count & -block.count, 16) if block.inner == run and run & (run - 1) == 0 else 1
+    return together if run < _SECTOR and together >= 8 else 1
 
 
 def code_dtype(grid: Grid) -> torch.dtype:
@@ -138,9 +190,12 @@ def multiply(
     is_old = torch.version.hip is None and device_facts(rows.device).capability < (8, 0)
     tile_rows, most = (32, 32) if is_old else (128, 64)
     columns, depth = (min(most, max(16, power_of_two(size))) for size in (outs, ins // groups))
+    together = _together(out_block, out)
+    if together > 1:
+        tile_rows = min(tile_rows, max(16, _RESULTS // (together * columns)))
     KernelCall(
         kernel=_kernel,
-        grid=(blocks * cdiv(outs, columns) * cdiv(size, tile_rows), 1, 1),
+        grid=(cdiv(blocks, together) * cdiv(outs, columns) * cdiv(size, tile_rows), 1, 1),
         io=(rows, h0, values, passes),
         static=(first.values.contiguous(), scale, pack_grid(h_grid), mid, size, 0 if h0 is None else h0.shape[0]),
         constants={
@@ -157,6 +212,7 @@ def multiply(
             "CODES": as_codes,
             "REVERSE": reverse,
             "PRECISION": precision,
+            "BLOCKS": together,
             "ROWS": tile_rows,
             "COLUMNS": columns,
             "DEPTH": depth,
