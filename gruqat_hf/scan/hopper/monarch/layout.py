@@ -44,8 +44,8 @@ def first_blocks(first: Tensor, programs: int) -> Tensor:
     gates, blocks, out, size = first.shape
     together = blocks // programs
     wide = first.new_zeros(gates, programs, together, out, together, size)
-    for i in range(together):
-        wide[:, :, i, :, i] = first.reshape(gates, programs, together, out, size)[:, :, i]
+    own = first.reshape(gates, programs, together, out, size)
+    wide.diagonal(dim1=2, dim2=4).copy_(own.permute(0, 1, 3, 4, 2))
     return wide.view(gates, programs, together * out, together * size)
 
 
@@ -54,8 +54,8 @@ def second_blocks(second: Tensor, programs: int) -> Tensor:
     gates, blocks, out, size = second.shape
     together = blocks // programs
     wide = second.new_zeros(gates, programs, out, together, size, together)
-    for i in range(together):
-        wide[:, :, :, i, :, i] = second.reshape(gates, together, programs, out, size)[:, i]
+    own = second.reshape(gates, together, programs, out, size)
+    wide.diagonal(dim1=3, dim2=5).copy_(own.permute(0, 2, 3, 4, 1))
     return wide.view(gates, programs, out * together, size * together)
 
 
