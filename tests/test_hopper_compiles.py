@@ -30,13 +30,13 @@ MORE = {
     "blocks of 256": ("dense", "dense", Case(4, 4, 2, 256)),
     "tiles that take turns": ("dense", "dense", Case(4, 200, 1, 512)),
     "tiles of 256 that take turns": ("dense", "dense", Case(4, 200, 2, 256)),
+    "blocks of 1024": ("dense", "dense", Case(4, 4, 1, 1024)),
     "monarch of 1024": ("monarch", "monarch", Case(4, 4, 8, 128)),
     "monarch of 16 blocks": ("monarch", "monarch", Case(4, 4, 16, 32)),
     "monarch of 4 blocks": ("monarch", "monarch", Case(4, 4, 4, 128)),
 }
-#: Of 8-bit codes alone; the backward scan is the portable one.
+#: Of 8-bit codes alone.
 CODES = {
-    "blocks of 1024": ("dense", "dense", Case(4, 4, 1, 1024)),
     "blocks of 1024 that take turns": ("dense", "dense", Case(4, 200, 1, 1024)),
 }
 #: Bytes of a thread's stack at most, with any Triton, where registers do not suffice; see docs/kernels.md. "many rows" are tiles

@@ -1,4 +1,4 @@
-"""Several processes on one GPU, each with launches of more clusters than fit: they end, with the bits of a process alone."""
+"""Several processes on one GPU, each with launches of more programs than fit: they end, with the bits of a process alone."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ torch.manual_seed(0)
 torch.set_float32_matmul_precision("high")
 structures = [{"kind": "blockdiag", "nblocks": 8}, {"kind": "dense"}, {"kind": "monarch", "nblocks": 8}, {"kind": "butterfly"}]
 layers = [GRULayer(64, 512, structure_hidden=structure, device="cuda") for structure in structures]
+layers += [GRULayer(64, 1024, device="cuda") for _ in range(2)]  # whose programs all have to be on the GPU at once
 x = torch.randn(64, 100, 64, device="cuda")
 streams = [torch.cuda.Stream() for _ in layers]
 sums = []

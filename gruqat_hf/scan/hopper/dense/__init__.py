@@ -19,8 +19,12 @@ SUMS_BIAS = True
 
 #: Steps whose inputs a program has on their way, this one included; even.
 STAGES = 4
-#: Largest blocks of which a cluster holds the weights: in fp16, and as 8-bit codes.
-LARGEST_HALF, _LARGEST_BYTES = 512, 1024
+#: Steps of a backward scan between two looks at the size of gradients; even.
+RESCALE = 16
+#: Largest blocks of which a cluster holds the weights in fp16; as 8-bit codes it does all that these kernels take.
+LARGEST_HALF = 512
+#: Largest blocks: of more than LARGEST_HALF, 32 programs of a grid hold the fp16 weights.
+_LARGEST = 1024
 #: Blocks beyond which 8-bit codes are multiplied as such: half of the exchange. Of smaller ones a cluster has 8 programs.
 _BYTES_BEYOND = 256
 #: Elements that 16 bytes hold at most: copies of a row go in such pieces.
@@ -30,8 +34,8 @@ _LARGEST_BYTE = 127
 
 
 def padded_size(size: int) -> int:
-    """Channels that a cluster computes for a block in fp16: 32 for each of its 8 or 16 programs."""
-    return 256 if size <= 256 else 512
+    """Channels that programs compute for a block in fp16: 32 for each of the 8 or 16 of a cluster, or the 32 of a grid."""
+    return next(padded for padded in (256, LARGEST_HALF, _LARGEST) if size <= padded)
 
 
 def byte_channels(size: int) -> int:
@@ -54,14 +58,18 @@ def refuses(inputs: ScanInputs, facts: DeviceFacts) -> str | None:
         return reason
     (factor,) = inputs.operand.factors.values()
     size, columns = factor.values.shape[-2:]
-    if size > (_LARGEST_BYTES if multiplies_bytes(inputs) else LARGEST_HALF) or size % _PIECE != 0 or columns != size:
-        most = f"{LARGEST_HALF} channels, {_LARGEST_BYTES} of 8-bit codes"
-        return f"a cluster takes square blocks of at most {most}, in multiples of {_PIECE}, not {size} x {columns}"
+    if size > _LARGEST or size % _PIECE != 0 or columns != size:
+        most = f"at most {_LARGEST} channels, in multiples of {_PIECE}"
+        return f"these kernels take square blocks of {most}, not {size} x {columns}"
     if (reason := refuses_products(inputs)) is not None:
         return reason
     if spec_of(inputs).exact and (reason := portable.refuses(inputs, facts)) is not None:
         return f"gradients as exact as fp32 are the portable kernels', but {reason}"
-    if size > LARGEST_HALF and inputs.needs_grad and (reason := portable.refuses(inputs, facts)) is not None:
-        return f"gradients of blocks of more than {LARGEST_HALF} channels are the portable kernels', but {reason}"
-    programs = 16 if multiplies_bytes(inputs) else padded_size(size) // 32
-    return refuses_clusters(programs, inputs.gi.device.index)
+    programs, as_bytes = padded_size(size) // 32, multiplies_bytes(inputs)
+    if size > LARGEST_HALF and (inputs.needs_grad or not as_bytes):
+        together = programs * factor.values.shape[1]
+        if together > facts.processors:
+            return f"blocks of {size} channels need {together} programs at once, and the GPU has {facts.processors} processors"
+        if not as_bytes:
+            return None
+    return refuses_clusters(16 if as_bytes else programs, inputs.gi.device.index)

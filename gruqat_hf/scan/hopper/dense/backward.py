@@ -24,7 +24,7 @@ from ..exchange import area_bytes, area_of, area_shape, close_exchange, open_exc
 from ..gluon import constexpr_function, gl, jit, mma_v2, wait_for_copies
 from ..gradients import coefficients, powers
 from ..staging import fetch_step, operands, read, rings
-from . import STAGES
+from . import LARGEST_HALF, RESCALE, STAGES, backward_wide
 from .layouts import CHANNELS, ROWS, WARPS, part_layout, parts_layout
 from .maxima import hear_largest, maxima_bytes, tell_largest
 from .weights import BackwardWeights
@@ -32,8 +32,6 @@ from .weights import backward_weights as prepare
 
 __all__ = ["backward", "prepare"]
 
-#: Steps between two looks at the size of gradients; even.
-_RESCALE = 16
 _CHANNELS = gl.constexpr(CHANNELS)
 _ROWS = gl.constexpr(ROWS)
 #: Bytes of a program's part of the gradients of another.
@@ -233,6 +231,8 @@ def backward(
     if prepared.portable is not None:
         found = portable.backward(prepared.portable, gi, h0, states, gates, mask, reverse, dstates, dlast, want_adjoint)
         return found._replace(dbias=hidden_bias(found.dgi, found.dgh_n, found.dbias_input)) if want_weights else found
+    if prepared.size > LARGEST_HALF:
+        return backward_wide.backward(prepared, gi, h0, states, gates, mask, reverse, dstates, dlast, want_adjoint, want_weights)
     assert prepared.weight is not None
     steps, rows, _, hidden = gi.shape
     programs, tiles = prepared.weight.shape[2], cdiv(rows, ROWS)
@@ -252,7 +252,7 @@ def backward(
             "SIZE": prepared.size,
             "PROGRAMS": programs,
             "STAGES": STAGES,
-            "RESCALE": _RESCALE,
+            "RESCALE": RESCALE,
             "CLIPPED": prepared.clipped,
             "REVERSE": reverse,
         },

@@ -1,4 +1,4 @@
-"""Forward scan of large blocks on Hopper clusters: of fp16 operands, or of 8-bit codes."""
+"""Forward scan of large blocks: of fp16 operands, on a cluster or a grid, or of 8-bit codes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 from ...spec import ScanSpec
 from ...triton.family import aligned
 from ..cluster import ClusterCall
-from . import forward_bytes, forward_half, multiplies_bytes
+from . import LARGEST_HALF, forward_bytes, forward_half, forward_wide, multiplies_bytes
 from .strange import spread_nan
 from .weights import ByteWeights, HalfWeights, byte_weights, half_weights
 
@@ -28,8 +28,8 @@ def call(
     states: Tensor,
     gates: Tensor | None,
 ) -> ClusterCall | None:
-    """The launch that fills ``states``, and ``gates`` if given; None where it takes two."""
-    if isinstance(weights, ByteWeights):
+    """The launch that fills ``states``, and ``gates`` if given; None where it takes more than one."""
+    if isinstance(weights, ByteWeights) or weights.size > LARGEST_HALF:
         return None
     return forward_half.call(weights, gi, h0, mask, reverse, states, gates)
 
@@ -48,5 +48,7 @@ def forward(
     if isinstance(weights, ByteWeights):
         forward_bytes.call(weights, gi, h0, mask, reverse, states, gates).run()
         spread_nan(h0, mask, states, weights.size, reverse)
+    elif weights.size > LARGEST_HALF:
+        forward_wide.forward(weights, gi, h0, mask, reverse, states, gates)
     else:
         forward_half.call(weights, gi, h0, mask, reverse, states, gates).run()

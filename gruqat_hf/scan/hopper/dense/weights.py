@@ -16,11 +16,12 @@ from ...triton.math import gate_factors
 from . import LARGEST_HALF, byte_channels, padded_size
 from .byte_layouts import PIECE, splits
 from .layouts import CHANNELS, SPLITS
+from .wide import PARTS
 
 
 class HalfWeights(NamedTuple):
     """Attributes:
-    weight: ``[3, blocks, programs, SPLITS, CHANNELS, inputs of a part]`` fp16, inputs named as the exchange has them: codes, or
+    weight: ``[3, blocks, programs, parts, CHANNELS, inputs of a part]`` fp16, inputs named as the exchange has them: codes, or
         prescaled in the float state.
     scale: of an integer product, ``[1, 3, H]``, or None.
     bias: ``[3, H]``, prescaled in the float state.
@@ -50,11 +51,12 @@ def _packed(weight: Tensor) -> Tensor:
     """``[3, blocks, out, in]`` → the layout of :class:`HalfWeights`."""
     gates, blocks, size, _ = weight.shape
     padded = padded_size(size)
+    parts = PARTS if size > LARGEST_HALF else SPLITS
     weight = pad(weight, (0, padded - size, 0, padded - size))
     # Inputs of a part by program, chunk, inside the chunk. A lane's k-th of 16 inputs is k // 2 * 8 + 2 * chunk + k % 2.
-    weight = weight.view(gates, blocks, padded // CHANNELS, CHANNELS, SPLITS, padded // SPLITS // CHANNELS, 4, 2, 2, 2)
+    weight = weight.view(gates, blocks, padded // CHANNELS, CHANNELS, parts, padded // parts // CHANNELS, 4, 2, 2, 2)
     weight = weight.permute(0, 1, 2, 4, 3, 5, 7, 8, 6, 9)
-    return weight.reshape(gates, blocks, padded // CHANNELS, SPLITS, CHANNELS, padded // SPLITS).contiguous()
+    return weight.reshape(gates, blocks, padded // CHANNELS, parts, CHANNELS, padded // parts).contiguous()
 
 
 def packed_by_rows(weight: Tensor) -> Tensor:
@@ -141,11 +143,12 @@ def byte_weights(spec: ScanSpec) -> ByteWeights:
 
 class BackwardWeights(NamedTuple):
     """Attributes:
-    weight: ``[3, blocks, programs, inputs, CHANNELS]`` fp16, see :func:`packed_by_rows`.
+    weight: fp16, ``[3, blocks, programs, inputs, CHANNELS]``, see :func:`packed_by_rows`; of blocks that no cluster holds the
+        transposed ones in the layout of :class:`HalfWeights`.
     h_grid: packed, or None.
     clipped: whether the carried state has a grid, so that saved gates may be marked.
     size: of a block.
-    portable: the weights of the portable kernels, which serve products as exact as fp32 and blocks of more than 512; else None.
+    portable: the weights of the portable kernels, which serve products as exact as fp32; else None.
     """
 
     weight: Tensor | None
@@ -159,7 +162,8 @@ def backward_weights(spec: ScanSpec) -> BackwardWeights:
     """Once for each set of weights."""
     (factor,) = spec.operand.factors.values()
     size = factor.values.shape[-1]
-    if spec.exact or size > LARGEST_HALF:
+    if spec.exact:
         return BackwardWeights(None, None, False, size, portable_weights(spec))
-    weight, clipped = packed_by_rows(factor.dequantize().to(torch.float16)), spec.grids.state is not None
+    weight, clipped = factor.dequantize().to(torch.float16), spec.grids.state is not None
+    weight = _packed(weight.transpose(-1, -2)) if size > LARGEST_HALF else packed_by_rows(weight)
     return BackwardWeights(weight, pack_grid(spec.grids.h), clipped, size, None)

@@ -1,0 +1,255 @@
+"""Backward scan of blocks that no cluster holds: 32 programs of a grid share one, from the last step of the scan to the first.
+
+A step waits for: product with all channels' gate gradients, sum over its parts, that and the output's gradient times three
+coefficients to the mailbox. Coefficients follow from saved gates and states alone, and are ready before.
+
+Gate gradients travel as fp16, brought near 1 by a power of two for each row that all programs must know: every RESCALE steps they
+tell each other their largest gradients, which count from the next step on.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...triton.block_diagonal.weights import packed
+from ...triton.exchange_plan import cdiv
+from ...triton.family import KernelCall, ScanGradients, aligned
+from ...triton.magnitude import largest_magnitudes
+from ...triton.math import in_range, load_grid
+from ..gluon import gl, jit, mma_v2, wait_for_copies
+from ..gradients import coefficients, powers
+from ..mailbox import hear_magnitudes, new_mailbox, post_magnitudes, post_pairs
+from ..staging import fetch_step, read, rings
+from . import RESCALE, STAGES
+from .layouts import CHANNELS, ROWS, WARPS
+from .tiles import summed
+from .weights import BackwardWeights
+from .wide import (
+    BLOCK,
+    PROGRAMS,
+    WORDS,
+    hear_operands,
+    held_weights,
+    hold_weights,
+    load_weights,
+    no_product,
+    operand_place,
+    own_place,
+    parts_memory,
+    sum_layout,
+    waves,
+)
+
+#: Cycles from posting to looking: at one row, and for each doubling of the rows.
+_PATIENCE, _MORE_PATIENCE = 350, 60
+_CHANNELS, _ROWS = gl.constexpr(CHANNELS), gl.constexpr(ROWS)
+_BLOCK, _PROGRAMS, _WORDS = gl.constexpr(BLOCK), gl.constexpr(PROGRAMS), gl.constexpr(WORDS)
+
+
+@jit
+def _largest_told(maxima, GATES: gl.constexpr):
+    """The largest of each row that all programs have posted to ``maxima`` ``[PROGRAMS, ROWS]``."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 1], [32 // _ROWS, _ROWS], [gl.num_warps(), 1], [1, 0])
+    program = gl.arange(0, _PROGRAMS, layout=gl.SliceLayout(1, LAYOUT))[:, None]
+    row = gl.arange(0, _ROWS, layout=gl.SliceLayout(0, LAYOUT))[None, :]
+    largest = gl.max(hear_magnitudes(maxima.to(gl.int64) + (program * _ROWS + row) * 4), axis=0)
+    return gl.convert_layout(largest, gl.SliceLayout(0, GATES))
+
+
+@jit(do_not_specialize=["T", "B", "first_tile", "patience"])
+def _backward(
+    h0, mask, states, gates, dstates, dlast, dgi, dgh_n, dh0, adjoint, sums, mailbox, maxima, largest_gradient, weight, h_grid,
+    T, B, first_tile, patience,
+    H: gl.constexpr, SIZE: gl.constexpr, STAGES: gl.constexpr, RESCALE: gl.constexpr, CLIPPED: gl.constexpr,
+    REVERSE: gl.constexpr,
+):  # fmt: skip
+    """Program (p, j, k): slice p of block k, of rows (first_tile + j) * ROWS and on. Other parameters as in the block-diagonal
+    kernel; ``largest_gradient`` ``[2, B]`` is that of each row of dstates, then of dlast. ``mailbox`` ``[T + 1, tiles of this
+    launch, blocks, 3, WORDS]`` is for gate gradients, ``maxima`` ``[cdiv(T, RESCALE), tiles, blocks, PROGRAMS, ROWS]`` for the
+    largest ones; ``patience``: cycles from posting to the first look.
+
+    Steps go in pairs, each with shared memory of its own, as in the forward kernel.
+    """
+    SUMS: gl.constexpr = sum_layout()
+    GATES: gl.constexpr = gl.SliceLayout(0, SUMS)
+    SLOTS: gl.constexpr = STAGES // 2
+    part = gl.program_id(0)
+    row_tile = first_tile + gl.program_id(1)
+    first_row = row_tile * _ROWS
+    block = gl.program_id(2)
+    first_channel = block * SIZE + part * _CHANNELS
+    channels = gl.minimum(SIZE - part * _CHANNELS, _CHANNELS)
+
+    tile = weight + (block * _PROGRAMS + part) * (_CHANNELS * _BLOCK)
+    gate_stride: gl.constexpr = (H // SIZE) * _BLOCK * _BLOCK
+    w_r = load_weights(tile)
+    w_z = load_weights(tile + gate_stride)
+    w_n = hold_weights(tile + 2 * gate_stride)
+    if h_grid is not None:
+        _, h_inv, h_low, h_high = load_grid(h_grid, 0, 1)
+
+    s = gl.arange(0, _CHANNELS, layout=gl.SliceLayout(1, GATES))
+    n = gl.arange(0, _ROWS, layout=gl.SliceLayout(0, GATES))
+    b = first_row + n
+    c = first_channel + s
+    row = B.to(gl.int64) * H
+    sign: gl.constexpr = 1 if REVERSE else -1
+    start = gl.to_tensor(0).to(gl.int64) if REVERSE else (T - 1).to(gl.int64)
+    step = row * sign
+    inside = (s < channels)[:, None] & (b < B)[None, :]
+    offset = b[None, :] * H + c[:, None]
+    wide = b[None, :] * (3 * H) + c[:, None]
+    initial = gl.load(h0 + offset, mask=inside, other=0.0).to(gl.float32)
+    at = start * row
+    if mask is not None:
+        mask_p = mask + start * B + b
+    peak = gl.load(largest_gradient + b, mask=b < B, other=0.0)
+    up, down = powers(gl.maximum(peak, gl.load(largest_gradient + B + b, mask=b < B, other=0.0)), 0)
+
+    even = rings(gates.dtype.element_ty, states.dtype.element_ty, SLOTS, _CHANNELS, _ROWS)
+    odd = rings(gates.dtype.element_ty, states.dtype.element_ty, SLOTS, _CHANNELS, _ROWS)
+    ahead = at
+    for i in gl.static_range(STAGES):
+        going = even if i % 2 == 0 else odd
+        fetch_step(going, i // 2, gates, dstates, states, ahead, step, first_row, first_channel, channels, i, T, B, H)
+        ahead += step
+    parts_even = parts_memory()
+    parts_odd = parts_memory()
+    nothing = gl.full([_CHANNELS, _ROWS], 0.0, gl.float32, layout=GATES)
+    db_r = nothing
+    db_z = nothing
+    db_n = nothing
+    db_in = nothing
+
+    tiles = gl.num_programs(1).to(gl.int64)
+    place = gl.program_id(1) * (H // SIZE) + block
+    GATE_BYTES: gl.constexpr = _WORDS * 4
+    round_bytes = tiles * ((H // SIZE) * 3 * GATE_BYTES)
+    letters = (mailbox + place * (3 * _WORDS)).to(gl.int64)
+    heard_at = letters + operand_place()
+    posted_at = letters + own_place(part, GATES)
+    maxima_p = maxima + place * (_PROGRAMS * _ROWS)
+    carry = gl.load(dlast + offset, mask=inside, other=0.0).to(gl.float32)
+    wait_for_copies(STAGES - 1)
+
+    for i in range(0, T, 2):
+        slot = (i // 2) % SLOTS
+        for u in gl.static_range(2):
+            going = even if u == 0 else odd
+            parts = parts_even if u == 0 else parts_odd
+            h = gl.where(i + u + 1 == T, initial, read(going[2], slot, GATES).to(gl.float32))
+            runs = inside & (i + u < T)
+            if mask is not None:
+                runs = runs & (gl.load(mask_p, mask=(b < B) & (i + u < T), other=0) != 0)[None, :]
+                mask_p += sign * B
+            c_r, c_z, c_hn, c_n, direct = coefficients(read(going[0], slot, GATES), h, runs, CLIPPED)
+            d = read(going[1], slot, GATES).to(gl.float32)
+            if i % RESCALE == 0:
+                if u == 0:
+                    post_magnitudes((maxima_p + part * _ROWS + n).to(gl.int64), gl.max(gl.abs(carry), axis=0))
+                else:
+                    up, down = powers(gl.maximum(_largest_told(maxima_p, GATES), peak), 0)
+                    maxima_p += tiles * ((H // SIZE) * _PROGRAMS * _ROWS)
+            grad = d + carry
+            scaled = d * up[None, :] + carry * up[None, :]
+            post_pairs(posted_at, scaled * c_r)
+            post_pairs(posted_at + GATE_BYTES, scaled * c_z)
+            post_pairs(posted_at + 2 * GATE_BYTES, scaled * c_hn)
+
+            # While they are on their way.
+            here = inside & (i + u < T)
+            if adjoint is not None:
+                gl.store(adjoint + at + offset, gl.where(runs, grad, 0.0), mask=here)
+            da_r = grad * c_r
+            da_z = grad * c_z
+            da_n = grad * c_n
+            dh_n = grad * c_hn
+            dgi_p = dgi + at * 3 + wide
+            gl.store(dgi_p, da_r.to(dgi.dtype.element_ty), mask=here)
+            gl.store(dgi_p + H, da_z.to(dgi.dtype.element_ty), mask=here)
+            gl.store(dgi_p + 2 * H, da_n.to(dgi.dtype.element_ty), mask=here)
+            gl.store(dgh_n + at + offset, dh_n.to(dgi.dtype.element_ty), mask=here)
+            at += step
+            db_r += da_r
+            db_z += da_z
+            db_n += dh_n
+            db_in += da_n
+            weighted = nothing + down[None, :]
+            if h_grid is not None:
+                weighted = gl.where(in_range(h, h_inv, h_low, h_high), weighted, 0.0)
+
+            x_r, x_z, x_n = hear_operands(heard_at, patience)
+            total = mma_v2(w_r, x_r, no_product())
+            total = mma_v2(w_z, x_z, total)
+            total = mma_v2(held_weights(w_n), x_n, total)
+            parts.store(total)
+            heard_at += round_bytes
+            posted_at += round_bytes
+            wait_for_copies(STAGES - 2)
+            carry = summed(parts, SUMS) * weighted + grad * direct
+            fetch_step(
+                going, slot, gates, dstates, states, ahead, step, first_row, first_channel, channels, i + u + STAGES, T, B, H
+            )
+            ahead += step
+    gl.store(dh0 + offset, carry.to(dh0.dtype.element_ty), mask=inside)
+    # Sums go through shared memory, which the compiler has where copies of steps that are none might still arrive.
+    wait_for_copies(0)
+    sums_p = sums + row_tile.to(gl.int64) * H + c
+    gate = ((B + _ROWS - 1) // _ROWS).to(gl.int64) * H
+    sum_r = gl.sum(db_r, axis=1)
+    sum_z = gl.sum(db_z, axis=1)
+    gl.store(sums_p, sum_r, mask=s < channels)
+    gl.store(sums_p + gate, sum_z, mask=s < channels)
+    gl.store(sums_p + 2 * gate, gl.sum(db_n, axis=1), mask=s < channels)
+    gl.store(sums_p + 3 * gate, sum_r, mask=s < channels)
+    gl.store(sums_p + 4 * gate, sum_z, mask=s < channels)
+    gl.store(sums_p + 5 * gate, gl.sum(db_in, axis=1), mask=s < channels)
+
+
+def backward(
+    prepared: BackwardWeights,
+    gi: Tensor,
+    h0: Tensor,
+    states: Tensor,
+    gates: Tensor,
+    mask: Tensor | None,
+    reverse: bool,
+    dstates: Tensor,
+    dlast: Tensor,
+    want_adjoint: bool,
+    want_weights: bool,
+) -> ScanGradients:
+    """Gradients of the scan's inputs and of both biases, as the cluster's kernel gives them."""
+    assert prepared.weight is not None
+    steps, rows, _, hidden = gi.shape
+    blocks = hidden // prepared.size
+    dgi = torch.empty_like(gi)
+    dgh_n = gi.new_empty((steps, rows, hidden))
+    dh0 = torch.empty_like(h0)
+    adjoint = torch.empty_like(states, dtype=torch.float32) if want_adjoint else None
+    sums = gi.new_empty((6, cdiv(rows, ROWS), hidden), dtype=torch.float32)
+    largest = largest_magnitudes(dstates, dlast)
+    saved = aligned(states), packed(aligned(gates)), aligned(dstates)
+    for first, tiles in waves(rows, blocks, gi.device):
+        mailbox = new_mailbox((steps + 1, tiles, blocks, 3, WORDS), gi.device)
+        maxima = new_mailbox((cdiv(steps, RESCALE), tiles, blocks, PROGRAMS, ROWS), gi.device).view(torch.float32)
+        patience = _PATIENCE + _MORE_PATIENCE * (min(rows, tiles * ROWS) - 1).bit_length()
+        KernelCall(
+            kernel=_backward,
+            grid=(PROGRAMS, tiles, blocks),
+            io=(h0, mask, *saved, dlast, dgi, dgh_n, dh0, adjoint, sums, mailbox, maxima),
+            static=(largest, prepared.weight, prepared.h_grid, steps, rows, first, patience),
+            constants={
+                "H": hidden,
+                "SIZE": prepared.size,
+                "STAGES": STAGES,
+                "RESCALE": RESCALE,
+                "CLIPPED": prepared.clipped,
+                "REVERSE": reverse,
+            },
+            warps=WARPS,
+            cooperative=True,
+        ).run()
+    dbias, dbias_input = sums.sum(1).split(3)
+    return ScanGradients(dgi, dh0, dgh_n, adjoint, dbias=dbias if want_weights else None, dbias_input=dbias_input)
