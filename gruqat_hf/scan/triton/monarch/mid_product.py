@@ -16,8 +16,8 @@ from ..family import KernelCall
 from ..math import codes, in_range, load_grid, to_tf32
 from .blocks import Axis, axes, natural, place, rows_before
 
-#: Results of a program at most, how many of them it is worth to have in a row in memory, and how many fill a sector.
-_RESULTS, _RUN, _SECTOR = 8192, 32, 8
+#: Results of a program that takes several blocks, bytes of a sector of memory, and warps.
+_RESULTS, _SECTOR, _WARPS = 4096, 32, 8
 
 
 @triton.jit
@@ -133,14 +133,15 @@ def _kernel(
         tl.store(passes + n[:, None, None] * CHANNELS + position, passed.to(tl.uint8), mask=whole)
 
 
-def _together(block: Axis, element: Axis) -> int:
-    """How many blocks a program takes: several where a block's elements are so far apart in memory that they fill no sector by
-    themselves, and those of other blocks lie between them. Fewer than 8 would keep warps from sharing them out."""
+def _together(block: Axis, element: Axis, width: int) -> int:
+    """How many blocks a program takes, of results of ``width`` bytes: several where those of a block, as floats, fill no sector
+    of memory in a row, and those of the next block lie beside them. Warps share blocks out, so that there is one for each."""
     if element.count == element.size and element.inner == 1:
         return 1
     run = 1 if element.count == element.size else element.count
-    together = min(_RUN // run, block.count & -block.count, 16) if block.inner == run and run & (run - 1) == 0 else 1
-    return together if run < _SECTOR and together >= 8 else 1
+    together = max(_WARPS, min(2 * _WARPS, _SECTOR // (run * width)))
+    fits = block.inner == run and run & (run - 1) == 0 and block.count % together == 0
+    return together if fits and 4 * run < _SECTOR else 1
 
 
 def code_dtype(grid: Grid) -> torch.dtype:
@@ -190,7 +191,7 @@ def multiply(
     is_old = torch.version.hip is None and device_facts(rows.device).capability < (8, 0)
     tile_rows, most = (32, 32) if is_old else (128, 64)
     columns, depth = (min(most, max(16, power_of_two(size))) for size in (outs, ins // groups))
-    together = _together(out_block, out)
+    together = _together(out_block, out, dtype.itemsize)
     if together > 1:
         tile_rows = min(tile_rows, max(16, _RESULTS // (together * columns)))
     KernelCall(
@@ -217,7 +218,7 @@ def multiply(
             "COLUMNS": columns,
             "DEPTH": depth,
         },
-        warps=4 if is_old else 8,
+        warps=4 if is_old else _WARPS,
         portable=h_grid is not None,
     ).run()
     return values, passes

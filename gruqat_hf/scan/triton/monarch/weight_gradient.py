@@ -86,16 +86,16 @@ def plan_tile(product: OuterProduct, precision: str) -> Tile:
         sides = [min(32, side) for side in sides]
     alternate = power_of_two(block.count) if element.inner > 1 and block.inner == 1 else 1
     left, right = sides
-    if alternate > 1:
-        together = min(alternate, max(8, 4096 // (left * right)))
-        if together >= 8 and left * right > 2048:
-            left //= 2
-    else:
-        together = min(power_of_two(block.size), max(1, 4096 // (left * right)))
     # Warps share blocks out among them, and several on one block would repeat each other's work.
-    warps = 4 if together < 8 else 8
-    rows = min(64, max(16, 512 * warps // (together * max(left, right))))
-    return Tile(together, left, right, rows, warps)
+    if alternate >= 8:
+        together = min(alternate, max(8, 4096 // (left * right)))
+        if left * right > 2048:
+            left //= 2
+        return Tile(together, left, right, min(64, max(16, 4096 // (together * max(left, right)))), 8)
+    together = min(power_of_two(block.size), max(1, 4096 // (left * right)), 4)
+    # A thread has 64 values of either side on their way, products in fp32 registers for fewer.
+    values = 8192 if precision == "tf32" else 2048
+    return Tile(together, left, right, min(128, max(16, values // (together * max(left, right)))), 4)
 
 
 @triton.jit
