@@ -31,6 +31,8 @@ MORE = {
     "tiles that take turns": ("dense", "dense", Case(4, 200, 1, 512)),
     "tiles of 256 that take turns": ("dense", "dense", Case(4, 200, 2, 256)),
     "blocks of 1024": ("dense", "dense", Case(4, 4, 1, 1024)),
+    "monarch of many rows": ("monarch", "monarch", Case(4, 128, 8, 64)),
+    "butterfly of many rows": ("monarch", "monarch", Case(4, 128, 16, 32, second=(32, 16), per_gate=True)),
     "monarch of 1024": ("monarch", "monarch", Case(4, 4, 8, 128)),
     "monarch of 16 blocks": ("monarch", "monarch", Case(4, 4, 16, 32)),
     "monarch of 4 blocks": ("monarch", "monarch", Case(4, 4, 4, 128)),
@@ -40,13 +42,15 @@ CODES = {
     "blocks of 1024 that take turns": ("dense", "dense", Case(4, 200, 1, 1024)),
 }
 #: Bytes of a thread's stack at most, with any Triton, where registers do not suffice; see docs/kernels.md. "many rows" are tiles
-#: of 8. Those of 256 are Triton 3.9's, whose ptxas keeps the same 128 registers less well.
+#: of 8. Those of 256 are Triton 3.9's, whose ptxas keeps the same 128 registers less well. A butterfly has fewer registers where
+#: that saves a wave of clusters.
 SPILLED = {
     "many rows": 24,
     "large blocks, many rows": 232,
     "blocks of 1024 that take turns": 80,
     "blocks of 256": 8,
     "tiles of 256 that take turns": 8,
+    "butterfly of many rows": 96,
 }
 RUNS = [(name, quantized) for name in FAMILIES for quantized in (False, True)]
 RUNS += [pytest.param(name, quantized, marks=SLOW) for name in MORE for quantized in (False, True)]

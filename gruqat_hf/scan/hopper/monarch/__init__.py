@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import torch
+
 from ....operands import Operand
 from ...inputs import ScanInputs
 from ...triton import monarch as portable
 from ...triton.device import DeviceFacts
+from ...triton.exchange_plan import cdiv
 from ...triton.precision import is_exact
-from ..cluster import refuses_clusters
+from ..cluster import clusters_at_once, refuses_clusters
 from ..device import refuses_hopper
 from ..products import refuses_products
 from .layout import programs_of
@@ -20,9 +23,20 @@ SUMS_WEIGHTS = True
 TILE_ROWS = 4
 #: Steps on their way from global memory, a power of two: some 2 µs of them.
 STEPS = 4
-#: Registers of a thread. Left alone, the compiler uses fewer for the sake of more programs on a processor, and for that lines up
-#: products one after another.
-REGISTERS = 255
+#: Registers of a thread at most, and of a processor. Left alone, the compiler uses fewer for the sake of more programs on a
+#: processor, and for that lines up products one after another; with the second number three programs of 4 warps share one.
+_REGISTERS, _PROCESSOR_REGISTERS = (255, 168), 1 << 16
+
+
+def registers(rows: int, programs: int, warps: int, device: torch.device) -> int:
+    """Of a thread, for a launch of so many rows: fewer where so many more programs run at once that it takes fewer waves."""
+    at_once = max(1, clusters_at_once(programs, device.index))
+
+    def waves(most: int) -> int:
+        beside = max(1, _PROCESSOR_REGISTERS // (32 * warps * most))
+        return cdiv(cdiv(rows, TILE_ROWS), at_once * beside)
+
+    return min(_REGISTERS, key=waves)
 
 
 def interleaved_programs(operand: Operand) -> int:

@@ -13,7 +13,7 @@ from ...triton.monarch.weights import Orders, mid_values, weight_gradients
 from ...triton.transposition import transposed
 from ..cluster import ClusterCall
 from ..exchange import area_bytes
-from . import REGISTERS, STEPS, TILE_ROWS
+from . import STEPS, TILE_ROWS, registers
 from .backward_kernel import backward_kernel, exchange_area
 from .weights import BackwardWeights
 from .weights import backward_weights as prepare
@@ -80,7 +80,7 @@ def backward(
         warps=block // 16,
         cluster=programs,
         exchange=area_bytes(exchange_area(block, programs, TILE_ROWS, first_gates)),
-        registers=REGISTERS,
+        registers=registers(rows, programs, block // 16, gi.device),
     ).run()  # fmt: skip
     dfirst = dsecond = dbias = None
     if want_weights:

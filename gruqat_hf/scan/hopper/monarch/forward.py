@@ -20,7 +20,7 @@ from ..cluster import ClusterCall
 from ..exchange import area_bytes, area_of, area_shape, close_exchange, expect_round, open_exchange, send_pairs, wait_for_round
 from ..gluon import constexpr_function, gl, jit
 from ..layouts import gate_layout, product_layout, to_product
-from . import REGISTERS, STEPS, TILE_ROWS
+from . import STEPS, TILE_ROWS, registers
 from .memory import commit_step, copy_pairs, in_order, open_memory, plane_bytes, take_pairs, wait_for_step
 from .product import chunks_at, load_sides, multiply, place_in_slot, read_right
 from .weights import MonarchWeights
@@ -235,7 +235,7 @@ def call(
         portable=weights.quantized,
         cluster=programs,
         exchange=area_bytes(_area(block, TILE_ROWS, weights.first.shape[0])),
-        registers=REGISTERS,
+        registers=registers(rows, programs, block // 16, gi.device),
     )
 
 
