@@ -51,6 +51,7 @@ class Case:
     second: tuple[int, int] | None = None
     h_scale: float = 1 / 127
     gates: bool = False
+    affine: bool = False
     dtype: torch.dtype = torch.float32
 
     def inputs(self, kind: str, device: torch.device) -> ScanInputs:
@@ -61,8 +62,9 @@ class Case:
             width = shape[-1] ** -0.5
             if not self.quantized:
                 return Factor((torch.rand(shape, device=device) * 2 - 1) * width)
-            codes = torch.randint(-127, 128, shape, device=device).to(torch.int8)
-            return Factor(codes, (torch.rand(*shape[:-1], self.groups, device=device) + 0.5) * width / 127, 127)
+            most = 7 if self.affine else 127
+            codes = torch.randint(-most, most + 1, shape, device=device).to(torch.int8)
+            return Factor(codes, (torch.rand(*shape[:-1], self.groups, device=device) + 0.5) * width / most, most)
 
         operand: Operand
         if kind == "dense":
@@ -75,7 +77,7 @@ class Case:
             wiggle = torch.rand(hidden if self.per_channel else 1, device=device) * 0.1 + 1
             mid = (torch.rand(gates, 1, 1, device=device) * 0.2 + 1) * 1.5 / 127
             grids = ScanGrids(
-                h=Grid.build(torch.full((1,), self.h_scale, device=device), None, -127, 127),
+                h=self._h_grid(device),
                 mid=None if kind == "dense" else Grid.build(mid, None, -127, 127),
                 gates=self._gates_grid(hidden, device) if self.gates else None,
                 state=Grid.build(wiggle / 32767, None, -32767, 32767),
@@ -90,6 +92,13 @@ class Case:
             reverse=self.reverse,
             quantized=self.quantized,
         )
+
+    def _h_grid(self, device: torch.device) -> Grid:
+        """Of 8 bits; affine: codes less the zero point are more than a byte, and weights have 4 bits, so that sums stay exact."""
+        scale = torch.full((1,), self.h_scale, device=device)
+        if not self.affine:
+            return Grid.build(scale, None, -127, 127)
+        return Grid.build(scale, torch.full((1,), 20, dtype=torch.int32, device=device), -128, 127)
 
     def _gates_grid(self, hidden: int, device: torch.device) -> Grid:
         """Of 8 bits, affine, with values beyond; its scales by channel or one for all."""

@@ -41,13 +41,14 @@ def test_slopes_whose_product_overflows(read, reverse):
         assert wanted.isfinite().all() and distance(gradient, wanted) <= 1e-5
 
 
-#: A structure of each kernel family, on a Hopper GPU of each family of that tier.
+#: A structure of each kernel family, on a Hopper GPU of each family of that tier, and how many channels it has there.
 FAMILIES = {
-    "diagonal": "diagonal",
-    "block-diagonal": {"kind": "blockdiag", "nblocks": 2},
-    "dense": "dense",
-    "monarch": {"kind": "monarch", "nblocks": 8},
-    "butterfly": "butterfly",
+    "diagonal": ("diagonal", 256),
+    "block-diagonal": ({"kind": "blockdiag", "nblocks": 2}, 256),
+    "dense": ("dense", 256),
+    "dense beyond a cluster": ("dense", 1024),
+    "monarch": ({"kind": "monarch", "nblocks": 8}, 256),
+    "butterfly": ("butterfly", 256),
 }
 
 
@@ -66,8 +67,9 @@ def _gradients_of_rows(layer: GRULayer, x: torch.Tensor, dstates: torch.Tensor) 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_row_keeps_its_gradients_whatever_those_of_another_are(name, kind, backend, strange):
     device = torch.device(kind)
-    steps, rows, hidden = (12, 3, 64) if device.type == "cpu" else (96, 9, 256)
-    layer = build(FAMILIES[name], None, hidden, 16, device)
+    structure, hidden = FAMILIES[name]
+    steps, rows, hidden = (12, 3, 64) if device.type == "cpu" else (96, 9, hidden)
+    layer = build(structure, None, hidden, 16, device)
     layer.backend = backend
     x, dstates = torch.randn(steps, rows, 16, device=device), torch.randn(steps, rows, hidden, device=device)
     wanted = _gradients_of_rows(layer, x, dstates)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import scan_helpers
 import torch
-from kernel_helpers import Case, check_against_reference, distance, matmul_precision, skip_unless_hopper
+from kernel_helpers import Case, Run, check_against_reference, distance, matmul_precision, skip_unless_hopper
 from scan_helpers import RECIPES, build, clip, gradients
 
 from gruqat_hf.layers import GRULayer
@@ -108,6 +108,50 @@ def test_blocks_beyond_a_cluster(recipe, size):
     check(build(blocks(1), recipe, size, 37, CUDA, reverse=True), 35, 70)
     check(build(blocks(2), recipe, 2 * size, 37, CUDA), 2, 1)
     check(build(blocks(2), recipe, 2 * size, 37, CUDA), 9, 70, masked=True)
+
+
+@pytest.mark.parametrize("size", [520, 1024])
+@pytest.mark.parametrize("dtype, within", [(torch.float32, 2e-4), (torch.float16, 2e-3)])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_more_steps_than_a_launch_has(reverse, dtype, within, size):
+    """Beyond a cluster a launch has 512 steps; others go on from there, and a sequence's end may be an odd one."""
+    case = Case(1031, 3, 1, size, masked=True, reverse=reverse, dtype=dtype)
+    check_against_reference("hopper_dense", case.inputs("dense", CUDA), within, 4 * within)
+    if dtype == torch.float32 and size == 520:
+        check_against_reference("hopper_dense", replace(case, quantized=True, affine=True).inputs("dense", CUDA), 0.0, 1e-3)
+
+
+@pytest.mark.parametrize("size", [512, 1024])
+@pytest.mark.parametrize("steps", [15, 16, 17, 33])
+def test_steps_around_a_look_at_the_largest_gradient(steps, size):
+    check_against_reference("hopper_dense", Case(steps, 9, 1, size).inputs("dense", CUDA), 2e-4, 8e-4)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_rows_bits_are_its_own_beyond_a_cluster(reverse):
+    """Whatever tile and whatever launch it is in; in blocks that a cluster holds, test_hopper_turns.py."""
+    inputs = Case(40, 70, 1, 1024, reverse=reverse).inputs("dense", CUDA)
+    dstates = torch.randn(40, 70, 1024, device=CUDA)
+    with matmul_precision("high"):
+        run = Run.of("hopper_dense", inputs)
+        found = run.backward(dstates, dstates[0])
+        for rows in (slice(0, 8), slice(13, 40), slice(33, 66), slice(64, 70)):
+            some = replace(inputs, gi=inputs.gi[:, rows].contiguous(), h0=inputs.h0[rows].contiguous())
+            part = Run.of("hopper_dense", some)
+            alone = part.backward(dstates[:, rows].contiguous(), dstates[0, rows].contiguous())
+            assert torch.equal(part.states, run.states[:, rows])
+            assert torch.equal(alone.dgi, found.dgi[:, rows]) and torch.equal(alone.dh0, found.dh0[rows])
+
+
+def test_more_blocks_than_a_grid_holds_are_inferred_as_bytes():
+    """Clusters hold codes of 8 bits, however many blocks there are; their gradients are the portable tier's."""
+    layer = build(blocks(5), "int8_state16", 5 * 1024, 16, CUDA)
+    x = torch.randn(4, 3, 16, device=CUDA)
+    with torch.no_grad():
+        layer(x)
+    assert layer.last_path.startswith("hopper")
+    layer(x)
+    assert layer.last_path.startswith("triton (hopper: ") and "160 programs at once" in layer.last_path
 
 
 @pytest.mark.parametrize("reverse", [False, True])

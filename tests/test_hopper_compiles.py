@@ -37,8 +37,9 @@ MORE = {
     "monarch of 16 blocks": ("monarch", "monarch", Case(4, 4, 16, 32)),
     "monarch of 4 blocks": ("monarch", "monarch", Case(4, 4, 4, 128)),
 }
-#: Of 8-bit codes alone.
+#: Of codes alone.
 CODES = {
+    "codes beyond a byte": ("dense", "dense", Case(4, 4, 1, 768, affine=True)),
     "blocks of 1024 that take turns": ("dense", "dense", Case(4, 200, 1, 1024)),
 }
 #: Bytes of a thread's stack at most, with any Triton, where registers do not suffice; see docs/kernels.md. "many rows" are tiles

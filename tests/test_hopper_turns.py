@@ -8,6 +8,8 @@ import pytest
 import torch
 from kernel_helpers import Case, Run, check_against_reference, matmul_precision, skip_unless_hopper
 
+from gruqat_hf.scan.triton.device import DeviceFacts
+
 CUDA = torch.device("cuda")
 
 
@@ -23,6 +25,15 @@ def test_launches_choose_what_is_done_first(monkeypatch, rows, blocks, programs,
     turns = pytest.importorskip("gruqat_hf.scan.hopper.dense.turns")
     monkeypatch.setattr(turns, "clusters_at_once", lambda size, index: {16: 7, 8: 15}[size])
     assert turns.tiles_of_cluster(rows, blocks, programs, torch.device("cpu"), {1: 1.0, 3: 1.75}) == tiles
+
+
+def test_a_smaller_gpu_than_a_program_was_exported_for_is_named(monkeypatch):
+    wide = pytest.importorskip("gruqat_hf.scan.hopper.dense.wide")
+    facts = DeviceFacts(processors=70, shared_bytes=232448, capability=(9, 0))
+    monkeypatch.setattr(wide, "device_facts", lambda device: facts)
+    assert [*wide.waves(20, 2, CUDA)] == [(0, 1), (1, 1), (2, 1)]
+    with pytest.raises(RuntimeError, match="3 blocks, which need 96 programs at once, but cuda has 70 processors"):
+        [*wide.waves(20, 3, CUDA)]
 
 
 def choose_tiles(monkeypatch: pytest.MonkeyPatch, tiles: int) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .gluon import constexpr_function, gl, jit
 
-#: Two fp16 NaNs, or an fp32 one, that no instruction gives.
+#: All ones: two fp16 NaNs, or an fp32 one, that no instruction gives; and the largest integer, which :func:`_hear_text` needs.
 SILENCE = -1
 
 
@@ -39,9 +39,18 @@ def _hear_text(COUNT, STRIDE, TENSORS, DISTANCE):
     text += "".join(look) + "again: setp.ne.u32 any, 0, 0;\n"
     for i, word in enumerate(words):
         text += f"max.u32 one, {word[0]}, {word[1]}; max.u32 other, {word[2]}, {word[3]}; max.u32 one, one, other;\n"
-        text += f"setp.eq.u32 silent{i}, one, -1; or.pred any, any, silent{i};\n"
+        text += f"setp.eq.u32 silent{i}, one, {SILENCE}; or.pred any, any, silent{i};\n"
     text += "@!any bra heard;\n" + "".join(f"@silent{i} {load}" for i, load in enumerate(look))
     return text + "bra again;\nheard: }"
+
+
+@constexpr_function
+def _hear_one_text():
+    return f"""{{ .reg .pred silent; .reg .b32 word;
+        again: ld.relaxed.gpu.global.b32 word, [$1];
+        setp.eq.u32 silent, word, {SILENCE};
+        @silent bra again;
+        mov.b32 $0, word; }}"""
 
 
 @constexpr_function
@@ -51,11 +60,17 @@ def _hear_registers(COUNT, TENSORS):
 
 
 @jit
+def _as_many(number, at):
+    """A number for each of ``at``, in its layout, as the instructions want it."""
+    return gl.full(at.shape, 0, gl.int32, layout=at.type.layout) + number
+
+
+@jit
 def hear_chunks(at, patience, COUNT: gl.constexpr, STRIDE: gl.constexpr):
     """fp16 values in the layout of ``at``, when all of a thread's are there: COUNT chunks of 16 bytes, STRIDE bytes apart from
     its first address ``at`` on. Looked for ``patience`` cycles from now, and then again and again."""
     return gl.inline_asm_elementwise(
-        _hear_text(COUNT, STRIDE, 1, 0), _hear_registers(COUNT, 1), [at, at.to(gl.int32) * 0 + patience],
+        _hear_text(COUNT, STRIDE, 1, 0), _hear_registers(COUNT, 1), [at, _as_many(patience, at)],
         dtype=gl.float16, is_pure=False, pack=8 * COUNT,
     )  # fmt: skip
 
@@ -64,7 +79,7 @@ def hear_chunks(at, patience, COUNT: gl.constexpr, STRIDE: gl.constexpr):
 def hear_three(at, patience, COUNT: gl.constexpr, STRIDE: gl.constexpr, DISTANCE: gl.constexpr):
     """Three such tensors, DISTANCE bytes apart, looked for together."""
     return gl.inline_asm_elementwise(
-        _hear_text(COUNT, STRIDE, 3, DISTANCE), _hear_registers(COUNT, 3), [at, at.to(gl.int32) * 0 + patience],
+        _hear_text(COUNT, STRIDE, 3, DISTANCE), _hear_registers(COUNT, 3), [at, _as_many(patience, at)],
         dtype=(gl.float16, gl.float16, gl.float16), is_pure=False, pack=8 * COUNT,
     )  # fmt: skip
 
@@ -91,10 +106,5 @@ def post_magnitudes(at, value):
 @jit
 def hear_magnitudes(at):
     """The fp32 value at each address, when it is there."""
-    TEXT: gl.constexpr = """{ .reg .pred silent; .reg .b32 word;
-again:
-        ld.relaxed.gpu.global.b32 word, [$1];
-        setp.eq.u32 silent, word, -1;
-        @silent bra again;
-        mov.b32 $0, word; }"""
+    TEXT: gl.constexpr = _hear_one_text()
     return gl.inline_asm_elementwise(TEXT, "=&f,l", [at], dtype=gl.float32, is_pure=False, pack=1)

@@ -1,4 +1,4 @@
-"""What the dense backward kernel holds in shared memory: steps on their way from global memory; and, as the block-diagonal one
+"""What the dense backward kernels hold in shared memory: steps on their way from global memory; and, as the block-diagonal one
 does too, operands of the products."""
 
 from __future__ import annotations

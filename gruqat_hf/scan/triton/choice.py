@@ -64,8 +64,8 @@ def refuses_shape(gi: Tensor, operand: Operand) -> str | None:
     rows, gates, hidden = gi.shape[1:]
     if not isinstance(operand, DiagonalOperand) and rows > _MOST_ROWS:
         return f"a batch may have {_MOST_ROWS} rows at most, and has {rows}"
-    if rows * gates * hidden >= 1 << 31:  # which is how far kernels count inside a step
-        return f"a step of {rows} rows, {gates} gates and {hidden} channels has 2**31 values or more"
+    if rows * (gates + 1) * hidden >= 1 << 31:  # which is how far kernels count inside a step, where they save one value more
+        return f"a step of {rows} rows, {gates} gates and {hidden} channels has 2**31 values or more, with what is saved of it"
     return None
 
 

@@ -1,4 +1,5 @@
-"""Hopper kernels for blocks that one program cannot hold: a cluster of programs shares one, and exchanges its state each step."""
+"""Hopper kernels for blocks that one program cannot hold: programs of a cluster share one, or more of them of a grid, and hand
+its state round each step."""
 
 from __future__ import annotations
 
@@ -63,10 +64,10 @@ def refuses(inputs: ScanInputs, facts: DeviceFacts) -> str | None:
         return f"these kernels take square blocks of {most}, not {size} x {columns}"
     if (reason := refuses_products(inputs)) is not None:
         return reason
-    if spec_of(inputs).exact and (reason := portable.refuses(inputs, facts)) is not None:
+    if (exact := spec_of(inputs).exact) and (reason := portable.refuses(inputs, facts)) is not None:
         return f"gradients as exact as fp32 are the portable kernels', but {reason}"
     programs, as_bytes = padded_size(size) // 32, multiplies_bytes(inputs)
-    if size > LARGEST_HALF and (inputs.needs_grad or not as_bytes):
+    if size > LARGEST_HALF and ((inputs.needs_grad and not exact) or not as_bytes):
         together = programs * factor.values.shape[1]
         if together > facts.processors:
             return f"blocks of {size} channels need {together} programs at once, and the GPU has {facts.processors} processors"

@@ -9,7 +9,6 @@ each other their largest gradients, which count from the next step on.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ...replay import hidden_bias
@@ -27,6 +26,7 @@ from ..staging import fetch_step, operands, read, rings
 from . import LARGEST_HALF, RESCALE, STAGES, backward_wide
 from .layouts import CHANNELS, ROWS, WARPS, part_layout, parts_layout
 from .maxima import hear_largest, maxima_bytes, tell_largest
+from .results import Gradients, room_for_sums, store_step, store_sums
 from .weights import BackwardWeights
 from .weights import backward_weights as prepare
 
@@ -159,7 +159,7 @@ def _backward(
                 largest = hear_largest(base, i // RESCALE, PROGRAMS, _ROWS, 2, AREA, GATES)
                 up, down = powers(gl.maximum(largest, peak), 0)
             grad = d + carry
-            scaled = d * up[None, :] + carry * up[None, :]
+            scaled = gl.where(runs, d * up[None, :] + carry * up[None, :], 0.0)
             x = x_even if u == 0 else x_odd
             x[0].store((scaled * c_r).to(gl.float16))
             x[1].store((scaled * c_z).to(gl.float16))
@@ -176,17 +176,10 @@ def _backward(
             )
             ahead += step
             here = inside & (i + u < T)
-            if adjoint is not None:
-                gl.store(adjoint + at + offset, gl.where(runs, grad, 0.0), mask=here)
-            da_r = grad * c_r
-            da_z = grad * c_z
-            da_n = grad * c_n
-            dh_n = grad * c_hn
-            dgi_p = dgi + at * 3 + wide
-            gl.store(dgi_p, da_r.to(dgi.dtype.element_ty), mask=here)
-            gl.store(dgi_p + H, da_z.to(dgi.dtype.element_ty), mask=here)
-            gl.store(dgi_p + 2 * H, da_n.to(dgi.dtype.element_ty), mask=here)
-            gl.store(dgh_n + at + offset, dh_n.to(dgi.dtype.element_ty), mask=here)
+            adjoint_p = None if adjoint is None else adjoint + at + offset
+            da_r, da_z, dh_n, da_n = store_step(
+                dgi + at * 3 + wide, dgh_n + at + offset, adjoint_p, grad, c_r, c_z, c_hn, c_n, runs, here, H
+            )
             at += step
             db_r += da_r
             db_z += da_z
@@ -202,16 +195,7 @@ def _backward(
     close_exchange()
     # Sums go through shared memory, which the compiler has where copies of steps that are none might still arrive.
     wait_for_copies(0)
-    sums_p = sums + gl.program_id(1) * H + c
-    gate = gl.num_programs(1) * H
-    sum_r = gl.sum(db_r, axis=1)
-    sum_z = gl.sum(db_z, axis=1)
-    gl.store(sums_p, sum_r, mask=s < channels)
-    gl.store(sums_p + gate, sum_z, mask=s < channels)
-    gl.store(sums_p + 2 * gate, gl.sum(db_n, axis=1), mask=s < channels)
-    gl.store(sums_p + 3 * gate, sum_r, mask=s < channels)
-    gl.store(sums_p + 4 * gate, sum_z, mask=s < channels)
-    gl.store(sums_p + 5 * gate, gl.sum(db_in, axis=1), mask=s < channels)
+    store_sums(sums + gl.program_id(1) * H + c, gl.num_programs(1) * H, db_r, db_z, db_n, db_in, s < channels)
 
 
 def backward(
@@ -236,11 +220,8 @@ def backward(
     assert prepared.weight is not None
     steps, rows, _, hidden = gi.shape
     programs, tiles = prepared.weight.shape[2], cdiv(rows, ROWS)
-    dgi = torch.empty_like(gi)
-    dgh_n = gi.new_empty((steps, rows, hidden))
-    dh0 = torch.empty_like(h0)
-    adjoint = torch.empty_like(states, dtype=torch.float32) if want_adjoint else None
-    sums = gi.new_empty((6, tiles, hidden), dtype=torch.float32)
+    dgi, dgh_n, dh0, adjoint = Gradients.like(gi, h0, want_adjoint)
+    sums = room_for_sums(gi)
     largest = largest_magnitudes(dstates, dlast)
     ClusterCall(
         kernel=_backward,

@@ -23,6 +23,8 @@ from ..mailbox import hear_magnitudes, new_mailbox, post_magnitudes, post_pairs
 from ..staging import fetch_step, read, rings
 from . import RESCALE, STAGES
 from .layouts import CHANNELS, ROWS, WARPS
+from .maxima import maxima_layout
+from .results import Gradients, room_for_sums, store_step, store_sums
 from .tiles import summed
 from .weights import BackwardWeights
 from .wide import (
@@ -37,11 +39,12 @@ from .wide import (
     operand_place,
     own_place,
     parts_memory,
+    pieces,
     sum_layout,
     waves,
 )
 
-#: Cycles from posting to looking: at one row, and for each doubling of the rows.
+#: Cycles that a program waits before its first look: at one row, and for each doubling of the rows.
 _PATIENCE, _MORE_PATIENCE = 350, 60
 _CHANNELS, _ROWS = gl.constexpr(CHANNELS), gl.constexpr(ROWS)
 _BLOCK, _PROGRAMS, _WORDS = gl.constexpr(BLOCK), gl.constexpr(PROGRAMS), gl.constexpr(WORDS)
@@ -50,7 +53,7 @@ _BLOCK, _PROGRAMS, _WORDS = gl.constexpr(BLOCK), gl.constexpr(PROGRAMS), gl.cons
 @jit
 def _largest_told(maxima, GATES: gl.constexpr):
     """The largest of each row that all programs have posted to ``maxima`` ``[PROGRAMS, ROWS]``."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 1], [32 // _ROWS, _ROWS], [gl.num_warps(), 1], [1, 0])
+    LAYOUT: gl.constexpr = maxima_layout(_ROWS, gl.num_warps())
     program = gl.arange(0, _PROGRAMS, layout=gl.SliceLayout(1, LAYOUT))[:, None]
     row = gl.arange(0, _ROWS, layout=gl.SliceLayout(0, LAYOUT))[None, :]
     largest = gl.max(hear_magnitudes(maxima.to(gl.int64) + (program * _ROWS + row) * 4), axis=0)
@@ -67,7 +70,7 @@ def _backward(
     """Program (p, j, k): slice p of block k, of rows (first_tile + j) * ROWS and on. Other parameters as in the block-diagonal
     kernel; ``largest_gradient`` ``[2, B]`` is that of each row of dstates, then of dlast. ``mailbox`` ``[T + 1, tiles of this
     launch, blocks, 3, WORDS]`` is for gate gradients, ``maxima`` ``[cdiv(T, RESCALE), tiles, blocks, PROGRAMS, ROWS]`` for the
-    largest ones; ``patience``: cycles from posting to the first look.
+    largest ones; ``patience``: cycles that a program waits before its first look.
 
     Steps go in pairs, each with shared memory of its own, as in the forward kernel.
     """
@@ -152,24 +155,17 @@ def _backward(
                     up, down = powers(gl.maximum(_largest_told(maxima_p, GATES), peak), 0)
                     maxima_p += tiles * ((H // SIZE) * _PROGRAMS * _ROWS)
             grad = d + carry
-            scaled = d * up[None, :] + carry * up[None, :]
+            scaled = gl.where(runs, d * up[None, :] + carry * up[None, :], 0.0)
             post_pairs(posted_at, scaled * c_r)
             post_pairs(posted_at + GATE_BYTES, scaled * c_z)
             post_pairs(posted_at + 2 * GATE_BYTES, scaled * c_hn)
 
             # While they are on their way.
             here = inside & (i + u < T)
-            if adjoint is not None:
-                gl.store(adjoint + at + offset, gl.where(runs, grad, 0.0), mask=here)
-            da_r = grad * c_r
-            da_z = grad * c_z
-            da_n = grad * c_n
-            dh_n = grad * c_hn
-            dgi_p = dgi + at * 3 + wide
-            gl.store(dgi_p, da_r.to(dgi.dtype.element_ty), mask=here)
-            gl.store(dgi_p + H, da_z.to(dgi.dtype.element_ty), mask=here)
-            gl.store(dgi_p + 2 * H, da_n.to(dgi.dtype.element_ty), mask=here)
-            gl.store(dgh_n + at + offset, dh_n.to(dgi.dtype.element_ty), mask=here)
+            adjoint_p = None if adjoint is None else adjoint + at + offset
+            da_r, da_z, dh_n, da_n = store_step(
+                dgi + at * 3 + wide, dgh_n + at + offset, adjoint_p, grad, c_r, c_z, c_hn, c_n, runs, here, H
+            )
             at += step
             db_r += da_r
             db_z += da_z
@@ -195,16 +191,8 @@ def _backward(
     gl.store(dh0 + offset, carry.to(dh0.dtype.element_ty), mask=inside)
     # Sums go through shared memory, which the compiler has where copies of steps that are none might still arrive.
     wait_for_copies(0)
-    sums_p = sums + row_tile.to(gl.int64) * H + c
-    gate = ((B + _ROWS - 1) // _ROWS).to(gl.int64) * H
-    sum_r = gl.sum(db_r, axis=1)
-    sum_z = gl.sum(db_z, axis=1)
-    gl.store(sums_p, sum_r, mask=s < channels)
-    gl.store(sums_p + gate, sum_z, mask=s < channels)
-    gl.store(sums_p + 2 * gate, gl.sum(db_n, axis=1), mask=s < channels)
-    gl.store(sums_p + 3 * gate, sum_r, mask=s < channels)
-    gl.store(sums_p + 4 * gate, sum_z, mask=s < channels)
-    gl.store(sums_p + 5 * gate, gl.sum(db_in, axis=1), mask=s < channels)
+    gate = (B + _ROWS - 1) // _ROWS * H
+    store_sums(sums + row_tile * H + c, gate, db_r, db_z, db_n, db_in, s < channels)
 
 
 def backward(
@@ -221,35 +209,52 @@ def backward(
     want_weights: bool,
 ) -> ScanGradients:
     """Gradients of the scan's inputs and of both biases, as the cluster's kernel gives them."""
-    assert prepared.weight is not None
-    steps, rows, _, hidden = gi.shape
+    found, parts = Gradients.like(gi, h0, want_adjoint), pieces(gi.shape[0], reverse)
+    sums, carry = [], None
+    for at, before in zip(reversed(parts), [*reversed(parts[:-1]), None]):
+        # What a launch begins with and leaves behind, where another one goes on with it.
+        initial = h0 if before is None else states[before.start if reverse else before.stop - 1]
+        if before is not None and carry is None:
+            carry = torch.empty_like(h0, dtype=torch.float32)
+        out = found.dgi[at], found.dgh_n[at], found.dh0 if before is None else carry
+        saved = initial, None if mask is None else mask[at], aligned(states[at]), packed(aligned(gates[at])), aligned(dstates[at])
+        adjoint = None if found.adjoint is None else found.adjoint[at]
+        sums.append(room_for_sums(gi))
+        largest = largest_magnitudes(saved[-1], dlast)
+        for wave in waves(gi.shape[1], gi.shape[3] // prepared.size, gi.device):
+            _launch(prepared, (*saved, dlast, *out, adjoint, sums[-1]), largest, wave, reverse)
+        if carry is not None:
+            dlast = carry
+    dbias, dbias_input = torch.cat(sums, 1).sum(1).split(3)
+    return ScanGradients(
+        found.dgi, found.dh0, found.dgh_n, found.adjoint, dbias=dbias if want_weights else None, dbias_input=dbias_input
+    )
+
+
+def _launch(
+    prepared: BackwardWeights, some: tuple[Tensor | None, ...], largest: Tensor, wave: tuple[int, int], reverse: bool
+) -> None:
+    """Some steps of some tiles of rows: ``some`` is what the kernel takes first, of these steps."""
+    dgi, (first, tiles) = some[6], wave
+    assert dgi is not None
+    steps, rows, _, hidden = dgi.shape
     blocks = hidden // prepared.size
-    dgi = torch.empty_like(gi)
-    dgh_n = gi.new_empty((steps, rows, hidden))
-    dh0 = torch.empty_like(h0)
-    adjoint = torch.empty_like(states, dtype=torch.float32) if want_adjoint else None
-    sums = gi.new_empty((6, cdiv(rows, ROWS), hidden), dtype=torch.float32)
-    largest = largest_magnitudes(dstates, dlast)
-    saved = aligned(states), packed(aligned(gates)), aligned(dstates)
-    for first, tiles in waves(rows, blocks, gi.device):
-        mailbox = new_mailbox((steps + 1, tiles, blocks, 3, WORDS), gi.device)
-        maxima = new_mailbox((cdiv(steps, RESCALE), tiles, blocks, PROGRAMS, ROWS), gi.device).view(torch.float32)
-        patience = _PATIENCE + _MORE_PATIENCE * (min(rows, tiles * ROWS) - 1).bit_length()
-        KernelCall(
-            kernel=_backward,
-            grid=(PROGRAMS, tiles, blocks),
-            io=(h0, mask, *saved, dlast, dgi, dgh_n, dh0, adjoint, sums, mailbox, maxima),
-            static=(largest, prepared.weight, prepared.h_grid, steps, rows, first, patience),
-            constants={
-                "H": hidden,
-                "SIZE": prepared.size,
-                "STAGES": STAGES,
-                "RESCALE": RESCALE,
-                "CLIPPED": prepared.clipped,
-                "REVERSE": reverse,
-            },
-            warps=WARPS,
-            cooperative=True,
-        ).run()
-    dbias, dbias_input = sums.sum(1).split(3)
-    return ScanGradients(dgi, dh0, dgh_n, adjoint, dbias=dbias if want_weights else None, dbias_input=dbias_input)
+    mailbox = new_mailbox((steps + 1, tiles, blocks, 3, WORDS), dgi.device)
+    maxima = new_mailbox((cdiv(steps, RESCALE), tiles, blocks, PROGRAMS, ROWS), dgi.device).view(torch.float32)
+    patience = _PATIENCE + _MORE_PATIENCE * (min(rows, tiles * ROWS) - 1).bit_length()
+    KernelCall(
+        kernel=_backward,
+        grid=(PROGRAMS, tiles, blocks),
+        io=(*some, mailbox, maxima),
+        static=(largest, prepared.weight, prepared.h_grid, steps, rows, first, patience),
+        constants={
+            "H": hidden,
+            "SIZE": prepared.size,
+            "STAGES": STAGES,
+            "RESCALE": RESCALE,
+            "CLIPPED": prepared.clipped,
+            "REVERSE": reverse,
+        },
+        warps=WARPS,
+        cooperative=True,
+    ).run()

@@ -6,6 +6,7 @@ on their way to shared memory, results are stored after the state is posted.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ...spec import grid_size
@@ -31,11 +32,12 @@ from .wide import (
     operand_place,
     own_place,
     parts_memory,
+    pieces,
     sum_layout,
     waves,
 )
 
-#: Cycles from posting to looking: at one row, and for each doubling of the rows.
+#: Cycles that a program waits before its first look: at one row, and for each doubling of the rows.
 _PATIENCE, _MORE_PATIENCE = 100, 90
 _CHANNELS, _ROWS = gl.constexpr(CHANNELS), gl.constexpr(ROWS)
 _BLOCK, _PROGRAMS, _WORDS = gl.constexpr(BLOCK), gl.constexpr(PROGRAMS), gl.constexpr(WORDS)
@@ -43,12 +45,13 @@ _BLOCK, _PROGRAMS, _WORDS = gl.constexpr(BLOCK), gl.constexpr(PROGRAMS), gl.cons
 
 @jit(do_not_specialize=["T", "B", "first_tile", "patience"])
 def _forward(
-    gi, h0, mask, states, gates, mailbox, weight, scale, bias, h_grid, state_grid, T, B, first_tile, patience,
+    gi, h0, mask, states, gates, last, mailbox, weight, scale, bias, h_grid, state_grid, T, B, first_tile, patience,
     H: gl.constexpr, SIZE: gl.constexpr, STAGES: gl.constexpr, STATE_N: gl.constexpr, REVERSE: gl.constexpr,
     PORTABLE: gl.constexpr,
 ):  # fmt: skip
     """Program (p, j, k): slice p of block k, of rows (first_tile + j) * ROWS and on. Other parameters as in the block-diagonal
-    kernel; ``mailbox`` ``[T + 2, tiles of this launch, blocks, WORDS]``; ``patience``: cycles from posting to the first look.
+    kernel. ``last`` ``[B, H]`` fp32, or None, takes the last state, for another launch that goes on from there; T then is even.
+    ``mailbox`` ``[T + 2, tiles of this launch, blocks, WORDS]``; ``patience``: cycles that a program waits before its first look.
 
     Steps go in pairs, whose parts of products have memory of their own; a last step that is none computes on zeros, and stores
     nothing.
@@ -157,6 +160,8 @@ def _forward(
                 gates_p += step * planes
             gi_p += step * 3
             out_p += step
+    if last is not None:
+        gl.store(last + offset, h, mask=inside)
 
 
 def forward(
@@ -164,25 +169,39 @@ def forward(
 ) -> None:
     """Fill ``states``, and ``gates`` if given."""
     steps, rows, _, hidden = gi.shape
-    for first, tiles in waves(rows, weights.blocks, gi.device):
-        mailbox = new_mailbox((steps + 2, tiles, weights.blocks, WORDS), gi.device)
-        patience = _PATIENCE + _MORE_PATIENCE * (min(rows, tiles * ROWS) - 1).bit_length()
-        KernelCall(
-            kernel=_forward,
-            grid=(PROGRAMS, tiles, weights.blocks),
-            io=(gi, h0, mask, states, packed(gates), mailbox),
-            static=(
-                weights.weight, weights.scale, weights.bias, weights.h_grid, weights.state_grid, steps, rows, first, patience,
-            ),
-            constants={
-                "H": hidden,
-                "SIZE": weights.size,
-                "STAGES": STAGES,
-                "STATE_N": grid_size(weights.state_grid),
-                "REVERSE": reverse,
-                "PORTABLE": weights.quantized,
-            },
-            warps=WARPS,
-            portable=weights.quantized,
-            cooperative=True,
-        ).run()  # fmt: skip
+    parts = pieces(steps, reverse)
+    last = h0.new_empty((rows, hidden), dtype=torch.float32) if len(parts) > 1 else None
+    for at in parts:
+        some = gi[at], h0, None if mask is None else mask[at], states[at], None if gates is None else packed(gates[at])
+        for wave in waves(rows, weights.blocks, gi.device):
+            _launch(weights, some, None if at is parts[-1] else last, wave, reverse)
+        if last is not None:
+            h0 = last
+
+
+def _launch(
+    weights: HalfWeights, some: tuple[Tensor | None, ...], last: Tensor | None, wave: tuple[int, int], reverse: bool
+) -> None:
+    """Some steps of some tiles of rows: ``some`` is what the kernel takes first, of these steps."""
+    gi, (first, tiles) = some[0], wave
+    assert gi is not None
+    steps, rows, _, hidden = gi.shape
+    mailbox = new_mailbox((steps + 2, tiles, weights.blocks, WORDS), gi.device)
+    patience = _PATIENCE + _MORE_PATIENCE * (min(rows, tiles * ROWS) - 1).bit_length()
+    KernelCall(
+        kernel=_forward,
+        grid=(PROGRAMS, tiles, weights.blocks),
+        io=(*some, last, mailbox),
+        static=(weights.weight, weights.scale, weights.bias, weights.h_grid, weights.state_grid, steps, rows, first, patience),
+        constants={
+            "H": hidden,
+            "SIZE": weights.size,
+            "STAGES": STAGES,
+            "STATE_N": grid_size(weights.state_grid),
+            "REVERSE": reverse,
+            "PORTABLE": weights.quantized,
+        },
+        warps=WARPS,
+        portable=weights.quantized,
+        cooperative=True,
+    ).run()

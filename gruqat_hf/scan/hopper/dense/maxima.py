@@ -20,7 +20,7 @@ def maxima_bytes(PROGRAMS, ROWS, WARPS):
 
 
 @constexpr_function
-def _maxima_layout(ROWS, WARPS):
+def maxima_layout(ROWS, WARPS):
     return gl.BlockedLayout([1, 1], [32 // ROWS, ROWS], [WARPS, 1], [1, 0])
 
 
@@ -28,7 +28,7 @@ def _maxima_layout(ROWS, WARPS):
 def tell_largest(base, gradient, part, PROGRAMS: gl.constexpr, SLOT: gl.constexpr, AREA: gl.constexpr):
     """Send the largest of each row of ``gradient``, of program ``part``, to all programs."""
     ROWS: gl.constexpr = gradient.shape[1]
-    MAXIMA: gl.constexpr = _maxima_layout(ROWS, gl.num_warps())
+    MAXIMA: gl.constexpr = maxima_layout(ROWS, gl.num_warps())
     COPIES: gl.constexpr = maxima_copies(PROGRAMS, ROWS, gl.num_warps())
     copy = gl.arange(0, COPIES, layout=gl.SliceLayout(1, MAXIMA))[:, None]
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(0, MAXIMA))[None, :]
@@ -43,7 +43,7 @@ def hear_largest(
     base, count, PROGRAMS: gl.constexpr, ROWS: gl.constexpr, SLOT: gl.constexpr, AREA: gl.constexpr, GATES: gl.constexpr
 ):
     """The largest of each row that all programs have told, for the ``count``-th time."""
-    MAXIMA: gl.constexpr = _maxima_layout(ROWS, gl.num_warps())
+    MAXIMA: gl.constexpr = maxima_layout(ROWS, gl.num_warps())
     COPIES: gl.constexpr = maxima_copies(PROGRAMS, ROWS, gl.num_warps())
     copy = gl.arange(0, COPIES, layout=gl.SliceLayout(1, MAXIMA))[:, None]
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(0, MAXIMA))[None, :]

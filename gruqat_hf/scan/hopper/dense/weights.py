@@ -1,4 +1,4 @@
-"""Weights of large blocks as the cluster kernels read them."""
+"""Weights of large blocks as the Hopper kernels read them."""
 
 from __future__ import annotations
 

@@ -26,6 +26,8 @@ from .layouts import CHANNELS, ROWS, sum_memory
 
 #: Programs that share a block, its channels with padding, parts that a product's inputs are split in, and inputs of a part.
 PROGRAMS, BLOCK, PARTS, DEPTH = 32, 1024, 8, 128
+#: Steps of a launch at most, even: a mailbox has words for each of them.
+_MOST_STEPS = 512
 #: Bytes of a program's values, one for each channel and row, and int32 words of all programs' ones.
 SLICE_BYTES = CHANNELS * ROWS * 2
 WORDS = PROGRAMS * SLICE_BYTES // 4
@@ -34,10 +36,26 @@ _SLICE_BYTES, _WORDS = gl.constexpr(SLICE_BYTES), gl.constexpr(WORDS)
 
 
 def waves(rows: int, blocks: int, device: torch.device) -> Iterator[tuple[int, int]]:
-    """The first tile and the number of tiles of each launch that a batch takes, with no more programs than processors."""
-    tiles, at_once = cdiv(rows, ROWS), device_facts(device).processors // (PROGRAMS * blocks)
+    """The first tile and the number of tiles of each launch that a batch takes, with no more programs than processors.
+
+    Raises:
+        RuntimeError: one tile has more, in a program that was exported on a larger GPU.
+    """
+    tiles, processors = cdiv(rows, ROWS), device_facts(device).processors
+    at_once = processors // (PROGRAMS * blocks)
+    if at_once == 0:
+        raise RuntimeError(
+            f"hopper_dense was chosen for {blocks} blocks, which need {PROGRAMS * blocks} programs at once, but {device} has "
+            f"{processors} processors; run or export the layer on this GPU with backend 'triton' or 'auto'"
+        )
     for first in range(0, tiles, at_once):
         yield first, min(at_once, tiles - first)
+
+
+def pieces(steps: int, reverse: bool) -> list[slice]:
+    """Where the steps of each launch lie in a sequence, in the order of the scan."""
+    runs = [(begin, min(begin + _MOST_STEPS, steps)) for begin in range(0, steps, _MOST_STEPS)]
+    return [slice(steps - end, steps - begin) if reverse else slice(begin, end) for begin, end in runs]
 
 
 @constexpr_function
