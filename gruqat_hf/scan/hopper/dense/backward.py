@@ -159,7 +159,7 @@ def _backward(
                 largest = hear_largest(base, i // RESCALE, PROGRAMS, _ROWS, 2, AREA, GATES)
                 up, down = powers(gl.maximum(largest, peak), 0)
             grad = d + carry
-            scaled = gl.where(runs, d * up[None, :] + carry * up[None, :], 0.0)
+            scaled = d * up[None, :] + carry * up[None, :]
             x = x_even if u == 0 else x_odd
             x[0].store((scaled * c_r).to(gl.float16))
             x[1].store((scaled * c_z).to(gl.float16))

@@ -155,7 +155,7 @@ def _backward(
                     up, down = powers(gl.maximum(_largest_told(maxima_p, GATES), peak), 0)
                     maxima_p += tiles * ((H // SIZE) * _PROGRAMS * _ROWS)
             grad = d + carry
-            scaled = gl.where(runs, d * up[None, :] + carry * up[None, :], 0.0)
+            scaled = d * up[None, :] + carry * up[None, :]
             post_pairs(posted_at, scaled * c_r)
             post_pairs(posted_at + GATE_BYTES, scaled * c_z)
             post_pairs(posted_at + 2 * GATE_BYTES, scaled * c_hn)
@@ -191,8 +191,8 @@ def _backward(
     gl.store(dh0 + offset, carry.to(dh0.dtype.element_ty), mask=inside)
     # Sums go through shared memory, which the compiler has where copies of steps that are none might still arrive.
     wait_for_copies(0)
-    gate = (B + _ROWS - 1) // _ROWS * H
-    store_sums(sums + row_tile * H + c, gate, db_r, db_z, db_n, db_in, s < channels)
+    gate = ((B + _ROWS - 1) // _ROWS).to(gl.int64) * H
+    store_sums(sums + row_tile.to(gl.int64) * H + c, gate, db_r, db_z, db_n, db_in, s < channels)
 
 
 def backward(

@@ -45,13 +45,13 @@ _BLOCK, _PROGRAMS, _WORDS = gl.constexpr(BLOCK), gl.constexpr(PROGRAMS), gl.cons
 
 @jit(do_not_specialize=["T", "B", "first_tile", "patience"])
 def _forward(
-    gi, h0, mask, states, gates, last, mailbox, weight, scale, bias, h_grid, state_grid, T, B, first_tile, patience,
+    gi, h0, mask, states, gates, mailbox, weight, scale, bias, h_grid, state_grid, T, B, first_tile, patience,
     H: gl.constexpr, SIZE: gl.constexpr, STAGES: gl.constexpr, STATE_N: gl.constexpr, REVERSE: gl.constexpr,
     PORTABLE: gl.constexpr,
 ):  # fmt: skip
     """Program (p, j, k): slice p of block k, of rows (first_tile + j) * ROWS and on. Other parameters as in the block-diagonal
-    kernel. ``last`` ``[B, H]`` fp32, or None, takes the last state, for another launch that goes on from there; T then is even.
-    ``mailbox`` ``[T + 2, tiles of this launch, blocks, WORDS]``; ``patience``: cycles that a program waits before its first look.
+    kernel; ``mailbox`` ``[T + 2, tiles of this launch, blocks, WORDS]``; ``patience``: cycles that a program waits before its
+    first look.
 
     Steps go in pairs, whose parts of products have memory of their own; a last step that is none computes on zeros, and stores
     nothing.
@@ -160,28 +160,27 @@ def _forward(
                 gates_p += step * planes
             gi_p += step * 3
             out_p += step
-    if last is not None:
-        gl.store(last + offset, h, mask=inside)
 
 
 def forward(
     weights: HalfWeights, gi: Tensor, h0: Tensor, mask: Tensor | None, reverse: bool, states: Tensor, gates: Tensor | None
 ) -> None:
     """Fill ``states``, and ``gates`` if given."""
-    steps, rows, _, hidden = gi.shape
+    steps, rows, _, _ = gi.shape
     parts = pieces(steps, reverse)
-    last = h0.new_empty((rows, hidden), dtype=torch.float32) if len(parts) > 1 else None
+    # What another launch goes on from is not rounded to half precision.
+    rounded = len(parts) > 1 and states.dtype != torch.float32
+    filled = torch.empty_like(states, dtype=torch.float32) if rounded else states
     for at in parts:
-        some = gi[at], h0, None if mask is None else mask[at], states[at], None if gates is None else packed(gates[at])
+        some = gi[at], h0, None if mask is None else mask[at], filled[at], None if gates is None else packed(gates[at])
         for wave in waves(rows, weights.blocks, gi.device):
-            _launch(weights, some, None if at is parts[-1] else last, wave, reverse)
-        if last is not None:
-            h0 = last
+            _launch(weights, some, wave, reverse)
+        h0 = filled[at.start if reverse else at.stop - 1]
+    if rounded:
+        states.copy_(filled)
 
 
-def _launch(
-    weights: HalfWeights, some: tuple[Tensor | None, ...], last: Tensor | None, wave: tuple[int, int], reverse: bool
-) -> None:
+def _launch(weights: HalfWeights, some: tuple[Tensor | None, ...], wave: tuple[int, int], reverse: bool) -> None:
     """Some steps of some tiles of rows: ``some`` is what the kernel takes first, of these steps."""
     gi, (first, tiles) = some[0], wave
     assert gi is not None
@@ -191,7 +190,7 @@ def _launch(
     KernelCall(
         kernel=_forward,
         grid=(PROGRAMS, tiles, weights.blocks),
-        io=(*some, last, mailbox),
+        io=(*some, mailbox),
         static=(weights.weight, weights.scale, weights.bias, weights.h_grid, weights.state_grid, steps, rows, first, patience),
         constants={
             "H": hidden,
