@@ -39,13 +39,14 @@ from .wide import (
     operand_place,
     own_place,
     parts_memory,
+    patience_of,
     pieces,
     sum_layout,
     waves,
 )
 
-#: Cycles that a program waits before its first look: at one row, and for each doubling of the rows.
-_PATIENCE, _MORE_PATIENCE = 350, 60
+#: Of :func:`.wide.patience_of`: at one row, and for each doubling.
+_PATIENCE = 350, 60
 _CHANNELS, _ROWS = gl.constexpr(CHANNELS), gl.constexpr(ROWS)
 _BLOCK, _PROGRAMS, _WORDS = gl.constexpr(BLOCK), gl.constexpr(PROGRAMS), gl.constexpr(WORDS)
 
@@ -232,21 +233,20 @@ def backward(
 
 
 def _launch(
-    prepared: BackwardWeights, some: tuple[Tensor | None, ...], largest: Tensor, wave: tuple[int, int], reverse: bool
+    prepared: BackwardWeights, io: tuple[Tensor | None, ...], largest: Tensor, wave: tuple[int, int], reverse: bool
 ) -> None:
-    """Some steps of some tiles of rows: ``some`` is what the kernel takes first, of these steps."""
-    dgi, (first, tiles) = some[6], wave
+    """Launch the kernel for some steps, of which ``io`` is, and for a wave's tiles of rows."""
+    dgi, (first, tiles) = io[6], wave
     assert dgi is not None
     steps, rows, _, hidden = dgi.shape
     blocks = hidden // prepared.size
     mailbox = new_mailbox((steps + 1, tiles, blocks, 3, WORDS), dgi.device)
     maxima = new_mailbox((cdiv(steps, RESCALE), tiles, blocks, PROGRAMS, ROWS), dgi.device).view(torch.float32)
-    patience = _PATIENCE + _MORE_PATIENCE * (min(rows, tiles * ROWS) - 1).bit_length()
     KernelCall(
         kernel=_backward,
         grid=(PROGRAMS, tiles, blocks),
-        io=(*some, mailbox, maxima),
-        static=(largest, prepared.weight, prepared.h_grid, steps, rows, first, patience),
+        io=(*io, mailbox, maxima),
+        static=(largest, prepared.weight, prepared.h_grid, steps, rows, first, patience_of(*_PATIENCE, rows, tiles)),
         constants={
             "H": hidden,
             "SIZE": prepared.size,

@@ -32,13 +32,14 @@ from .wide import (
     operand_place,
     own_place,
     parts_memory,
+    patience_of,
     pieces,
     sum_layout,
     waves,
 )
 
-#: Cycles that a program waits before its first look: at one row, and for each doubling of the rows.
-_PATIENCE, _MORE_PATIENCE = 100, 90
+#: Of :func:`.wide.patience_of`: at one row, and for each doubling.
+_PATIENCE = 100, 90
 _CHANNELS, _ROWS = gl.constexpr(CHANNELS), gl.constexpr(ROWS)
 _BLOCK, _PROGRAMS, _WORDS = gl.constexpr(BLOCK), gl.constexpr(PROGRAMS), gl.constexpr(WORDS)
 
@@ -172,26 +173,35 @@ def forward(
     rounded = len(parts) > 1 and states.dtype != torch.float32
     filled = torch.empty_like(states, dtype=torch.float32) if rounded else states
     for at in parts:
-        some = gi[at], h0, None if mask is None else mask[at], filled[at], None if gates is None else packed(gates[at])
+        io = gi[at], h0, None if mask is None else mask[at], filled[at], None if gates is None else packed(gates[at])
         for wave in waves(rows, weights.blocks, gi.device):
-            _launch(weights, some, wave, reverse)
+            _launch(weights, io, wave, reverse)
         h0 = filled[at.start if reverse else at.stop - 1]
     if rounded:
         states.copy_(filled)
 
 
-def _launch(weights: HalfWeights, some: tuple[Tensor | None, ...], wave: tuple[int, int], reverse: bool) -> None:
-    """Some steps of some tiles of rows: ``some`` is what the kernel takes first, of these steps."""
-    gi, (first, tiles) = some[0], wave
+def _launch(weights: HalfWeights, io: tuple[Tensor | None, ...], wave: tuple[int, int], reverse: bool) -> None:
+    """Launch the kernel for some steps, of which ``io`` is, and for a wave's tiles of rows."""
+    gi, (first, tiles) = io[0], wave
     assert gi is not None
     steps, rows, _, hidden = gi.shape
     mailbox = new_mailbox((steps + 2, tiles, weights.blocks, WORDS), gi.device)
-    patience = _PATIENCE + _MORE_PATIENCE * (min(rows, tiles * ROWS) - 1).bit_length()
     KernelCall(
         kernel=_forward,
         grid=(PROGRAMS, tiles, weights.blocks),
-        io=(*some, mailbox),
-        static=(weights.weight, weights.scale, weights.bias, weights.h_grid, weights.state_grid, steps, rows, first, patience),
+        io=(*io, mailbox),
+        static=(
+            weights.weight,
+            weights.scale,
+            weights.bias,
+            weights.h_grid,
+            weights.state_grid,
+            steps,
+            rows,
+            first,
+            patience_of(*_PATIENCE, rows, tiles),
+        ),
         constants={
             "H": hidden,
             "SIZE": weights.size,

@@ -52,6 +52,12 @@ def waves(rows: int, blocks: int, device: torch.device) -> Iterator[tuple[int, i
         yield first, min(at_once, tiles - first)
 
 
+def patience_of(one: int, doubling: int, rows: int, tiles: int) -> int:
+    """Cycles that programs of a launch of so many tiles wait before their first look: ``one`` at one row, and so much more for
+    each ``doubling`` of the rows that look."""
+    return one + doubling * (min(rows, tiles * ROWS) - 1).bit_length()
+
+
 def pieces(steps: int, reverse: bool) -> list[slice]:
     """Where the steps of each launch lie in a sequence, in the order of the scan."""
     runs = [(begin, min(begin + _MOST_STEPS, steps)) for begin in range(0, steps, _MOST_STEPS)]
@@ -112,6 +118,7 @@ def parts_memory():
 
 @jit
 def no_product():
+    """Zeros for a product to be added to, ``[PARTS, CHANNELS, ROWS]`` fp32."""
     return gl.full([_PARTS, _CHANNELS, _ROWS], 0.0, gl.float32, layout=product_layout())
 
 

@@ -36,8 +36,8 @@ def _dot(x, w, total, PRECISION: tl.constexpr):
     if x.shape[0] == 1:
         x = tl.reshape(x, (x.shape[1], x.shape[2]))
         w = tl.reshape(w, (w.shape[1], w.shape[2]))
-        sum = tl.dot(x, w, tl.reshape(total, (total.shape[1], total.shape[2])), input_precision=PRECISION)
-        return tl.reshape(sum, (1, sum.shape[0], sum.shape[1]))
+        total = tl.dot(x, w, tl.reshape(total, (total.shape[1], total.shape[2])), input_precision=PRECISION)
+        return tl.reshape(total, (1, total.shape[0], total.shape[1]))
     else:
         return tl.dot(x, w, total, input_precision=PRECISION)
 
