@@ -61,7 +61,7 @@ def _kernel(
 ):  # fmt: skip
     """``out[r, g, k, o] = sum over i of weight[g, k, o, i] * x[r, k, i]``; programs differ in columns, then blocks, then rows.
 
-    BLOCKS: that a program takes together, because their results lie side by side.
+    BLOCKS: a divisor of all, that a program takes together, because their results lie side by side.
 
     With ``h_grid`` products are of codes: one exact sum for each group of inputs, times its scale. With ``mid_grid`` ``out`` gets
     codes (CODES) or what they stand for. SCALE: strides of the weights' scales. BLOCK, IN, OUT_BLOCK, OUT: axes of blocks and
@@ -71,14 +71,14 @@ def _kernel(
     WIDTH: tl.constexpr = IN[0] // GROUPS
     ONCE: tl.constexpr = GROUPS == 1 and WIDTH <= DEPTH
     CHANNELS: tl.constexpr = OUT_BLOCK[0] * OUT[0]
-    turns: tl.constexpr = (BLOCK[0] + BLOCKS - 1) // BLOCKS
+    turns: tl.constexpr = BLOCK[0] // BLOCKS
     first_o = tl.program_id(0) % tiles * COLUMNS
     first_k = tl.program_id(0) // tiles % turns * BLOCKS
     o = first_o + tl.arange(0, COLUMNS)
     k = first_k + tl.arange(0, BLOCKS)
     n = tl.cast(tl.program_id(0) // (tiles * turns), tl.int64) * ROWS + tl.arange(0, ROWS)
-    own = (k < BLOCK[0])[:, None, None] & (o < OUT[0])[None, None, :]
-    ok = (k < BLOCK[0])[:, None, None] & (n < R)[None, :, None]
+    own = (o < OUT[0])[None, None, :]
+    ok = (n < R)[None, :, None]
     # Results as they lie in memory: rows, runs, and what is in a run.
     if BLOCKS == 1:
         RUN: tl.constexpr = COLUMNS
@@ -89,7 +89,7 @@ def _kernel(
         run = first_o // RUN + tl.arange(0, COLUMNS // RUN)[:, None]
         c = tl.arange(0, BLOCKS * RUN)[None, :]
         at_run = run * (OUT[3] if OUT[1] == OUT[0] else OUT[2]) + c
-        whole = (first_k + c // RUN < BLOCK[0]) & (run * RUN + c % RUN < OUT[0])
+        whole = run * RUN + c % RUN < OUT[0]
     position = place(first_k, OUT_BLOCK) + at_run[None, :, :]
     whole = (n < R)[:, None, None] & whole[None, :, :]
     at = rows_before(states, h0, n, R, B, STATES_ROW, H0_ROW, REVERSE)[None, :] + place(k, BLOCK)[:, None]
