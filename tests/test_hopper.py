@@ -146,6 +146,7 @@ def test_a_rows_bits_are_its_own_beyond_a_cluster(reverse):
 def test_more_blocks_than_a_grid_holds_are_inferred_as_bytes():
     """Clusters hold codes of 8 bits, however many blocks there are; their gradients are the portable tier's."""
     layer = build(blocks(5), "int8_state16", 5 * 1024, 16, CUDA)
+    layer.backend = "auto"
     x = torch.randn(4, 3, 16, device=CUDA)
     with torch.no_grad():
         layer(x)
