@@ -60,10 +60,13 @@ def _gradients_of_rows(layer: GRULayer, x: torch.Tensor, dstates: torch.Tensor) 
         return list(torch.autograd.grad(states, (x, h0), dstates))
 
 
-@pytest.mark.parametrize("strange", [torch.nan, torch.inf, 3e38])
-@pytest.mark.parametrize(
+backends = pytest.mark.parametrize(
     "kind, backend", [("cpu", KERNELS), *(pytest.param("cuda", name, marks=pytest.mark.gpu) for name in ("triton", "auto"))]
 )
+
+
+@pytest.mark.parametrize("strange", [torch.nan, torch.inf, 3e38])
+@backends
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_row_keeps_its_gradients_whatever_those_of_another_are(name, kind, backend, strange):
     device = torch.device(kind)
@@ -79,6 +82,26 @@ def test_a_row_keeps_its_gradients_whatever_those_of_another_are(name, kind, bac
     assert torch.equal(found[0][:, others], wanted[0][:, others]) and torch.equal(found[1][others], wanted[1][others])
     if not math.isfinite(strange):  # while a finite one scales its row down, in half precision, until the rest underflows
         assert torch.equal(found[0][steps // 2 + 1 :], wanted[0][steps // 2 + 1 :])
+
+
+@backends
+@pytest.mark.parametrize("name", FAMILIES)
+def test_padding_hands_any_gradient_on(name, kind, backend):
+    """An infinite one too, that of its channel alone, and leaves all other gradients finite."""
+    device = torch.device(kind)
+    structure, hidden = FAMILIES[name]
+    steps, rows, hidden = (5, 3, 64) if device.type == "cpu" else (33, 9, hidden)
+    layer = build(structure, None, hidden, 16, device)
+    layer.backend = backend
+    x, h0 = (torch.randn(*shape, device=device, requires_grad=True) for shape in ((steps, rows, 16), (rows, hidden)))
+    mask = torch.ones(steps, rows, dtype=torch.bool, device=device)
+    mask[:, 1] = False
+    dlast = torch.randn_like(h0)
+    dlast[1, 5] = torch.inf
+    with matmul_precision("high"):
+        dh0, *others = torch.autograd.grad(layer(x, h0, mask)[1], (h0, x, *layer.parameters()), dlast)
+    assert torch.equal(dh0[1], dlast[1])
+    assert dh0[0].isfinite().all() and all(gradient.isfinite().all() for gradient in others)
 
 
 def test_codes_do_not_round_the_gradient_of_the_bias():

@@ -120,6 +120,10 @@ def _backward(
                 mask_p += 2 * sign * B
                 runs_4 = (gl.load(mask_p + 2 * sign * B, mask=i + 4 < row_end, other=0) != 0)[None, :]
             for u in gl.static_range(2):
+                counted = grad
+                if mask is not None:
+                    counted = gl.where(runs, grad, 0.0)
+                    scaled = gl.where(runs, scaled, 0.0)
                 x = x_even if u == 0 else x_odd
                 x[0].store(to_right((scaled * c_r).to(gl.float16)))
                 x[1].store(to_right((scaled * c_z).to(gl.float16)))
@@ -131,12 +135,12 @@ def _backward(
                 # All else, while the product is on its way.
                 here = i + u < end
                 if adjoint is not None:
-                    gl.store(adjoint_p, grad if mask is None else gl.where(runs, grad, 0.0), mask=here)
+                    gl.store(adjoint_p, counted, mask=here)
                     adjoint_p += step
-                da_r = grad * c_r
-                da_z = grad * c_z
-                da_n = grad * c_n
-                dh_n = grad * c_hn
+                da_r = counted * c_r
+                da_z = counted * c_z
+                da_n = counted * c_n
+                dh_n = counted * c_hn
                 gl.store(dgi_p, da_r.to(dgi.dtype.element_ty), mask=here)
                 gl.store(dgi_p + H, da_z.to(dgi.dtype.element_ty), mask=here)
                 gl.store(dgi_p + 2 * H, da_n.to(dgi.dtype.element_ty), mask=here)

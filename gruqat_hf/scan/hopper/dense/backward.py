@@ -159,7 +159,11 @@ def _backward(
                 largest = hear_largest(base, i // RESCALE, PROGRAMS, _ROWS, 2, AREA, GATES)
                 up, down = powers(gl.maximum(largest, peak), 0)
             grad = d + carry
+            counted = grad
             scaled = d * up[None, :] + carry * up[None, :]
+            if mask is not None:
+                counted = gl.where(runs, grad, 0.0)
+                scaled = gl.where(runs, scaled, 0.0)
             x = x_even if u == 0 else x_odd
             x[0].store((scaled * c_r).to(gl.float16))
             x[1].store((scaled * c_z).to(gl.float16))
@@ -178,7 +182,7 @@ def _backward(
             here = inside & (i + u < T)
             adjoint_p = None if adjoint is None else adjoint + at + offset
             da_r, da_z, dh_n, da_n = store_step(
-                dgi + at * 3 + wide, dgh_n + at + offset, adjoint_p, grad, c_r, c_z, c_hn, c_n, runs, here, H
+                dgi + at * 3 + wide, dgh_n + at + offset, adjoint_p, counted, c_r, c_z, c_hn, c_n, here, H
             )
             at += step
             db_r += da_r

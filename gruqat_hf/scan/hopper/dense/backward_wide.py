@@ -156,7 +156,11 @@ def _backward(
                     up, down = powers(gl.maximum(_largest_told(maxima_p, GATES), peak), 0)
                     maxima_p += tiles * ((H // SIZE) * _PROGRAMS * _ROWS)
             grad = d + carry
+            counted = grad
             scaled = d * up[None, :] + carry * up[None, :]
+            if mask is not None:
+                counted = gl.where(runs, grad, 0.0)
+                scaled = gl.where(runs, scaled, 0.0)
             post_pairs(posted_at, scaled * c_r)
             post_pairs(posted_at + GATE_BYTES, scaled * c_z)
             post_pairs(posted_at + 2 * GATE_BYTES, scaled * c_hn)
@@ -165,7 +169,7 @@ def _backward(
             here = inside & (i + u < T)
             adjoint_p = None if adjoint is None else adjoint + at + offset
             da_r, da_z, dh_n, da_n = store_step(
-                dgi + at * 3 + wide, dgh_n + at + offset, adjoint_p, grad, c_r, c_z, c_hn, c_n, runs, here, H
+                dgi + at * 3 + wide, dgh_n + at + offset, adjoint_p, counted, c_r, c_z, c_hn, c_n, here, H
             )
             at += step
             db_r += da_r

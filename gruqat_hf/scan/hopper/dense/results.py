@@ -37,13 +37,13 @@ def room_for_sums(gi: Tensor) -> Tensor:
 
 
 @jit
-def store_step(dgi_p, dgh_n_p, adjoint_p, grad, c_r, c_z, c_hn, c_n, runs, here, H: gl.constexpr):
+def store_step(dgi_p, dgh_n_p, adjoint_p, grad, c_r, c_z, c_hn, c_n, here, H: gl.constexpr):
     """Store a step's gradients where ``here``, and give those of r, z, the hidden product's n and the input's n.
 
-    ``grad`` is that of the step's state, of which the adjoint is what ``runs``.
+    ``grad`` is that of the step's state, 0 where the step does not run.
     """
     if adjoint_p is not None:
-        gl.store(adjoint_p, gl.where(runs, grad, 0.0), mask=here)
+        gl.store(adjoint_p, grad, mask=here)
     da_r = grad * c_r
     da_z = grad * c_z
     da_n = grad * c_n

@@ -129,6 +129,8 @@ def backward_kernel(
     c_r, c_z, c_hn, c_n, direct = coefficients(saved, h, runs, CLIPPED)
     grad += d
     scaled = grad * up[None, :]
+    if mask is not None:
+        scaled = gl.where(runs, scaled, 0.0)
     mids = mid_gradients((w_r, w_z, w_n), scaled, c_r, c_z, c_hn, put_at, get_at, passing[0], FIRST_GATES)
     for g in gl.static_range(FIRST_GATES):
         send_pairs(mids[g].to(gl.float16), area, to + g * SLOT, 0, AREA)
@@ -138,12 +140,12 @@ def backward_kernel(
         for i in gl.static_range(2):
             # While gradients of mid values are on their way: all that the next step needs but the gradient that will come.
             in_order()
-            da_r = grad * c_r
-            da_z = grad * c_z
-            da_n = grad * c_n
-            dh_n = grad * c_hn
-            rest = grad * direct
             counted = grad if mask is None else gl.where(runs, grad, 0.0)
+            da_r = counted * c_r
+            da_z = counted * c_z
+            da_n = counted * c_n
+            dh_n = counted * c_hn
+            rest = grad * direct
             weighted = ones * down[None, :]
             change = ones
             if h_grid is not None:
@@ -222,6 +224,8 @@ def backward_kernel(
             wait_for_round(base, (t >> 1) & 1, 2 * i + 1, AREA, False)
             came = read_pairs(came_at, 2 * i + 1, AREA).to(gl.float32)
             scaled = came * change + scaled_rest
+            if mask is not None:
+                scaled = gl.where(runs, scaled, 0.0)
             grad = came * weighted + rest
             own = (1 - i) * 3 * SLOT
             now = passing[1] if i == 0 else next_passing[0]

@@ -94,7 +94,6 @@ def _backward(
         runs = inside
         if mask is not None:
             runs = inside & (tl.load(mask + (start + i * sign) * B + b[None, :], mask=(b < B)[None, :], other=0) != 0)
-            kept = tl.where(runs, kept, 0.0)
         da_r, da_z, da_n, dh_n, dh = gru_gradients(kept, r, z, n, hn, h)
         if mask is not None:
             dh = tl.where(runs, dh, 1.0)
@@ -109,11 +108,14 @@ def _backward(
                 up = ((258 - exponent) << 23).to(tl.float32, bitcast=True)
                 down = ((exponent - 4) << 23).to(tl.float32, bitcast=True)
         grad += carry
+        counted = grad
+        if mask is not None:
+            counted = tl.where(runs, grad, 0.0)
         if adjoint is not None:
-            put(adjoint + at + offset, tl.where(runs, grad, 0.0), inside)
-        da_r = grad * da_r
-        da_z = grad * da_z
-        dh_n = grad * dh_n
+            put(adjoint + at + offset, counted, inside)
+        da_r = counted * da_r
+        da_z = counted * da_z
+        dh_n = counted * dh_n
         if HALF:
             total = multiply(w_r, (da_r * up).to(tl.float16), COPIES, PRECISION)
             total += multiply(w_z, (da_z * up).to(tl.float16), COPIES, PRECISION)
@@ -127,7 +129,7 @@ def _backward(
         dgi_p = dgi + at * 3 + wide
         put(dgi_p, da_r.to(dgi.dtype.element_ty), inside)
         put(dgi_p + H, da_z.to(dgi.dtype.element_ty), inside)
-        da_n = grad * da_n
+        da_n = counted * da_n
         put(dgi_p + 2 * H, da_n.to(dgi.dtype.element_ty), inside)
         put(dgh_n + at + offset, dh_n.to(dgi.dtype.element_ty), inside)
         db_r += da_r

@@ -148,10 +148,6 @@ def _backward(
                 real = tl.load(mask + position * B + b, mask=s < T, other=0)
                 runs = here & (real != 0)
             if (mask is not None) or (not EVEN_STEPS):
-                da_r = tl.where(runs, da_r, 0.0)
-                da_z = tl.where(runs, da_z, 0.0)
-                da_n = tl.where(runs, da_n, 0.0)
-                dh_n = tl.where(runs, dh_n, 0.0)
                 slope = tl.where(runs, slope, 1.0)
             grad = loaded[5 * u + 4].to(tl.float32) + carry
             carry = grad * slope
@@ -162,6 +158,11 @@ def _backward(
                 da_z = grad * da_z
                 da_n = grad * da_n
                 dh_n = grad * dh_n
+                if (mask is not None) or (not EVEN_STEPS):
+                    da_r = tl.where(runs, da_r, 0.0)
+                    da_z = tl.where(runs, da_z, 0.0)
+                    da_n = tl.where(runs, da_n, 0.0)
+                    dh_n = tl.where(runs, dh_n, 0.0)
                 p = dgi_p - u * step * 3
                 tl.store(p, da_r, mask=here)
                 tl.store(p + H, da_z, mask=here)
