@@ -103,7 +103,8 @@ AFFINE_STATES = replace(
 @pytest.mark.parametrize("size", [520, 768, 1000, 1024])
 @pytest.mark.parametrize("recipe", [None, "int8_state16", "int8_per_channel", AFFINE_STATES])
 def test_blocks_beyond_a_cluster(recipe, size):
-    """Of fp16 operands no cluster holds the weights, only of 8-bit codes; 70 rows take three launches, two blocks five."""
+    """Of fp16 operands no cluster holds the weights, only of 8-bit codes; of 70 rows tiles take turns, of two blocks in two
+    launches, and backward there are three launches or five."""
     check(build(blocks(1), recipe, size, 37, CUDA), 13, 11, masked=True)
     check(build(blocks(1), recipe, size, 37, CUDA, reverse=True), 35, 70)
     check(build(blocks(2), recipe, 2 * size, 37, CUDA), 2, 1)
@@ -129,13 +130,14 @@ def test_steps_around_a_look_at_the_largest_gradient(steps, size):
 
 @pytest.mark.parametrize("reverse", [False, True])
 def test_a_rows_bits_are_its_own_beyond_a_cluster(reverse):
-    """Whatever tile and whatever launch it is in; in blocks that a cluster holds, test_hopper_turns.py."""
-    inputs = Case(40, 70, 1, 1024, reverse=reverse).inputs("dense", CUDA)
-    dstates = torch.randn(40, 70, 1024, device=CUDA)
+    """Whatever tile and whatever launch it is in, with up to four in turns; in blocks that a cluster holds,
+    test_hopper_turns.py."""
+    inputs = Case(40, 150, 1, 1024, reverse=reverse).inputs("dense", CUDA)
+    dstates = torch.randn(40, 150, 1024, device=CUDA)
     with matmul_precision("high"):
         run = Run.of("hopper_dense", inputs)
         found = run.backward(dstates, dstates[0])
-        for rows in (slice(0, 8), slice(13, 40), slice(33, 66), slice(64, 70)):
+        for rows in (slice(0, 8), slice(13, 40), slice(33, 66), slice(50, 140), slice(20, 148), slice(148, 150)):
             some = replace(inputs, gi=inputs.gi[:, rows].contiguous(), h0=inputs.h0[rows].contiguous())
             part = Run.of("hopper_dense", some)
             alone = part.backward(dstates[:, rows].contiguous(), dstates[0, rows].contiguous())

@@ -37,9 +37,12 @@ MORE = {
     "monarch of 16 blocks": ("monarch", "monarch", Case(4, 4, 16, 32)),
     "monarch of 4 blocks": ("monarch", "monarch", Case(4, 4, 4, 128)),
 }
+#: Of floats alone, beyond a cluster.
+FLOATS = {f"{tiles} tiles in turns": ("dense", "dense", Case(4, 32 * tiles, 1, 1024)) for tiles in (2, 3, 4)}
 #: Of codes alone.
 CODES = {
     "codes beyond a byte": ("dense", "dense", Case(4, 4, 1, 768, affine=True)),
+    "codes beyond a byte, 4 tiles in turns": ("dense", "dense", Case(4, 128, 1, 768, affine=True)),
     "blocks of 1024 that take turns": ("dense", "dense", Case(4, 200, 1, 1024)),
 }
 #: Bytes of a thread's stack at most, with any Triton, where registers do not suffice; see docs/kernels.md. "many rows" are tiles
@@ -55,6 +58,7 @@ SPILLED = {
 }
 RUNS = [(name, quantized) for name in FAMILIES for quantized in (False, True)]
 RUNS += [pytest.param(name, quantized, marks=SLOW) for name in MORE for quantized in (False, True)]
+RUNS += [pytest.param(name, False, marks=SLOW) for name in FLOATS]
 RUNS += [pytest.param(name, True, marks=SLOW) for name in CODES]
 #: With a mask, and what learned scales need, and with fp16 tensors.
 VARIANTS = [("plain", {}), pytest.param("masked", {"masked": True, "reverse": True}, marks=SLOW)]
@@ -71,7 +75,7 @@ def test_registers_suffice(monkeypatch, name, quantized, variant, change):
         pytest.skip(f"{old}: NOT TESTED here")
     from triton.backends.compiler import GPUTarget
 
-    kind, operand, case = (FAMILIES | MORE | CODES)[name]
+    kind, operand, case = (FAMILIES | MORE | FLOATS | CODES)[name]
     found = f"hopper_{kind}"
     compiled = instead_of_launches(monkeypatch, GPUTarget("cuda", 90, 32), H200)
     rules = family_rules(found)

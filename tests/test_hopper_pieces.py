@@ -32,20 +32,22 @@ def in_order(steps: int, reverse: bool) -> range:
     return range(steps - 1, -1, -1) if reverse else range(steps)
 
 
-def walk(some: tuple[Tensor | None, ...], wave: tuple[int, int], reverse: bool) -> None:
+def walk(some: tuple[Tensor | None, ...], wave: tuple[int, int, int], reverse: bool) -> None:
     """Stands in for a forward launch."""
     gi, h0, mask, states, _ = some
-    rows = slice(8 * wave[0], 8 * sum(wave))
+    first, groups, turns = wave
+    rows = slice(8 * first, 8 * (first + groups * turns))
     h = h0[rows].float()
     for t in in_order(len(gi), reverse):
         h = torch.where(mask[t, rows, None] != 0, 0.7 * h + gi[t, rows].float().sum(1), h)
         states[t, rows] = h.to(states.dtype)
 
 
-def walk_back(some: tuple[Tensor | None, ...], wave: tuple[int, int], reverse: bool) -> None:
+def walk_back(some: tuple[Tensor | None, ...], wave: tuple[int, int, int], reverse: bool) -> None:
     """Stands in for a backward launch."""
     h0, mask, states, _, dstates, dlast, dgi, dgh_n, dh0, adjoint, sums = some
-    rows = slice(8 * wave[0], 8 * sum(wave))
+    first, tiles, _ = wave
+    rows = slice(8 * first, 8 * (first + tiles))
     carry = dlast[rows].float()
     order = in_order(len(states), reverse)
     total = torch.zeros_like(carry)
@@ -57,8 +59,8 @@ def walk_back(some: tuple[Tensor | None, ...], wave: tuple[int, int], reverse: b
         carry = 0.7 * grad + 0.01 * before.float()
         total = total + grad
     dh0[rows] = carry.to(dh0.dtype)
-    for tile in range(wave[0], sum(wave)):
-        sums[:, tile] = total[8 * (tile - wave[0]) : 8 * (tile - wave[0] + 1)].sum(0)
+    for tile in range(tiles):
+        sums[:, first + tile] = total[8 * tile : 8 * (tile + 1)].sum(0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -74,7 +76,7 @@ def test_launches_go_on_where_others_ended(modules, monkeypatch, reverse, dtype)
     states, gates = torch.empty(STEPS, ROWS, SIZE, dtype=dtype), torch.zeros(STEPS, ROWS, 4, SIZE, dtype=torch.float16)
     forward.forward(half_weights(spec_of(inputs)), gi, h0, mask, reverse, states, gates)
     wanted = torch.empty_like(states)
-    walk((gi, h0, mask, wanted, gates), (0, 3), reverse)
+    walk((gi, h0, mask, wanted, gates), (0, 3, 1), reverse)
     assert torch.equal(states, wanted)
 
     dstates, dlast = torch.randn_like(states), torch.randn_like(h0)
@@ -82,7 +84,7 @@ def test_launches_go_on_where_others_ended(modules, monkeypatch, reverse, dtype)
     found = backward.backward(weights, gi, h0, states, gates, mask, reverse, dstates, dlast, True, True)
     dgi, dgh_n, dh0 = torch.empty_like(gi), torch.empty_like(states), torch.empty_like(h0)
     adjoint, sums = torch.empty(states.shape), torch.empty(6, 3, SIZE)
-    walk_back((h0, mask, states, gates, dstates, dlast, dgi, dgh_n, dh0, adjoint, sums), (0, 3), reverse)
+    walk_back((h0, mask, states, gates, dstates, dlast, dgi, dgh_n, dh0, adjoint, sums), (0, 3, 1), reverse)
     assert torch.equal(found.dgi, dgi) and torch.equal(found.dgh_n, dgh_n) and torch.equal(found.dh0, dh0)
     assert torch.equal(found.adjoint, adjoint)
     assert torch.allclose(found.dbias, sums[:3].sum(1), rtol=1e-4, atol=1e-4)

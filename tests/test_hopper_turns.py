@@ -31,9 +31,25 @@ def test_a_smaller_gpu_than_a_program_was_exported_for_is_named(monkeypatch):
     wide = pytest.importorskip("gruqat_hf.scan.hopper.dense.wide")
     facts = DeviceFacts(processors=70, shared_bytes=232448, capability=(9, 0))
     monkeypatch.setattr(wide, "device_facts", lambda device: facts)
-    assert [*wide.waves(20, 2, CUDA)] == [(0, 1), (1, 1), (2, 1)]
+    assert [*wide.waves(20, 2, CUDA)] == [(0, 1, 1), (1, 1, 1), (2, 1, 1)]
     with pytest.raises(RuntimeError, match="3 blocks, which need 96 programs at once, but cuda has 70 processors"):
         [*wide.waves(20, 3, CUDA)]
+
+
+@pytest.mark.parametrize("most_turns", [1, 4])
+@pytest.mark.parametrize("blocks", [1, 2, 4])
+@pytest.mark.parametrize("rows", [1, 8, 9, 40, 70, 128, 129, 200, 1000])
+def test_launches_beyond_a_cluster_share_all_rows_out(monkeypatch, rows, blocks, most_turns):
+    wide = pytest.importorskip("gruqat_hf.scan.hopper.dense.wide")
+    facts = DeviceFacts(processors=132, shared_bytes=232448, capability=(9, 0))
+    monkeypatch.setattr(wide, "device_facts", lambda device: facts)
+    launches, tiles, at_once = [*wide.waves(rows, blocks, CUDA, most_turns)], -(-rows // 8), 4 // blocks
+    assert len(launches) == -(-tiles // (at_once * most_turns))
+    end = 0
+    for first, groups, turns in launches:
+        assert first == end < tiles and groups <= at_once and turns <= most_turns
+        end = first + groups * turns
+    assert tiles <= end < tiles + turns
 
 
 def choose_tiles(monkeypatch: pytest.MonkeyPatch, tiles: int) -> None:

@@ -29,19 +29,43 @@ def new_mailbox(shape: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 @constexpr_function
-def _hear_text(COUNT, STRIDE, TENSORS, DISTANCE):
-    chunks = [tensor * DISTANCE + i * STRIDE for tensor in range(TENSORS) for i in range(COUNT)]
-    words = [[f"${4 * i + word}" for word in range(4)] for i in range(len(chunks))]
-    at, patience = f"${4 * len(chunks)}", f"${4 * len(chunks) + 8 * COUNT}"
-    look = [f"ld.relaxed.gpu.global.v4.b32 {{{', '.join(word)}}}, [{at}+{place}];\n" for word, place in zip(words, chunks)]
-    text = f"{{ .reg .pred any, silent<{len(chunks)}>; .reg .b32 one, other, began, now; mov.u32 began, %clock;\n"
-    text += f"early: mov.u32 now, %clock; sub.u32 now, now, began; setp.lt.u32 any, now, {patience};\n@any bra early;\n"
-    text += "".join(look) + "again: setp.ne.u32 any, 0, 0;\n"
-    for i, word in enumerate(words):
-        text += f"max.u32 one, {word[0]}, {word[1]}; max.u32 other, {word[2]}, {word[3]}; max.u32 one, one, other;\n"
+def _looks(COUNT, STRIDE, TENSORS, DISTANCE, AT):
+    """The instructions that read each chunk into four words, ``$0`` and on."""
+    places = [tensor * DISTANCE + i * STRIDE for tensor in range(TENSORS) for i in range(COUNT)]
+    words = [", ".join(f"${4 * i + word}" for word in range(4)) for i in range(len(places))]
+    return [f"ld.relaxed.gpu.global.v4.b32 {{{word}}}, [${AT}+{place}];\n" for word, place in zip(words, places)]
+
+
+@constexpr_function
+def _until_heard(LOOKS):
+    """Look again for chunks with silent words, until there are none."""
+    text = "again: setp.ne.u32 any, 0, 0;\n"
+    for i in range(len(LOOKS)):
+        text += f"max.u32 one, ${4 * i}, ${4 * i + 1}; max.u32 other, ${4 * i + 2}, ${4 * i + 3}; max.u32 one, one, other;\n"
         text += f"setp.eq.u32 silent{i}, one, {SILENCE}; or.pred any, any, silent{i};\n"
-    text += "@!any bra heard;\n" + "".join(f"@silent{i} {load}" for i, load in enumerate(look))
-    return text + "bra again;\nheard: }"
+    return text + "@!any bra heard;\n" + "".join(f"@silent{i} {look}" for i, look in enumerate(LOOKS)) + "bra again;\nheard: "
+
+
+@constexpr_function
+def _hear_text(COUNT, STRIDE, TENSORS, DISTANCE):
+    chunks = TENSORS * COUNT
+    looks = _looks(COUNT, STRIDE, TENSORS, DISTANCE, 4 * chunks)
+    text = f"{{ .reg .pred any, silent<{chunks}>; .reg .b32 one, other, began, now; mov.u32 began, %clock;\n"
+    text += "early: mov.u32 now, %clock; sub.u32 now, now, began;\n"
+    text += f"setp.lt.u32 any, now, ${4 * chunks + 8 * COUNT};\n@any bra early;\n"
+    return text + "".join(looks) + _until_heard(looks) + "}"
+
+
+@constexpr_function
+def _look_text(COUNT, STRIDE):
+    return "".join(_looks(COUNT, STRIDE, 1, 0, 4 * COUNT))
+
+
+@constexpr_function
+def _hear_rest_text(COUNT, STRIDE):
+    text = f"{{ .reg .pred any, silent<{COUNT}>; .reg .b32 one, other;\n"
+    text += "".join(f"mov.b32 ${i}, ${12 * COUNT + i};\n" for i in range(4 * COUNT))
+    return text + _until_heard(_looks(COUNT, STRIDE, 1, 0, 4 * COUNT)) + "}"
 
 
 @constexpr_function
@@ -54,9 +78,9 @@ def _hear_one_text():
 
 
 @constexpr_function
-def _hear_registers(COUNT, TENSORS):
-    """Words that are written before all is read; an address and a number for each value of a tensor."""
-    return ",".join(["=&r"] * (4 * COUNT * TENSORS) + ["l"] * (8 * COUNT) + ["r"] * (8 * COUNT))
+def _registers(WORDS, ADDRESSES, MORE):
+    """Words that are written before all is read; addresses; numbers or words more."""
+    return ",".join(["=&r"] * WORDS + ["l"] * ADDRESSES + ["r"] * MORE)
 
 
 @jit
@@ -70,7 +94,25 @@ def hear_chunks(at, patience, COUNT: gl.constexpr, STRIDE: gl.constexpr):
     """fp16 values in the layout of ``at``, when all of a thread's are there: COUNT chunks of 16 bytes, STRIDE bytes apart from
     its first address ``at`` on. Looked for ``patience`` cycles from now, and then again and again."""
     return gl.inline_asm_elementwise(
-        _hear_text(COUNT, STRIDE, 1, 0), _hear_registers(COUNT, 1), [at, _as_many(patience, at)],
+        _hear_text(COUNT, STRIDE, 1, 0), _registers(4 * COUNT, 8 * COUNT, 8 * COUNT), [at, _as_many(patience, at)],
+        dtype=gl.float16, is_pure=False, pack=8 * COUNT,
+    )  # fmt: skip
+
+
+@jit
+def look(at, COUNT: gl.constexpr, STRIDE: gl.constexpr):
+    """What is there of the same chunks by now, silent where nothing is: for :func:`hear_rest`, and something else in between."""
+    return gl.inline_asm_elementwise(
+        _look_text(COUNT, STRIDE), _registers(4 * COUNT, 8 * COUNT, 0), [at],
+        dtype=gl.float16, is_pure=False, pack=8 * COUNT,
+    )  # fmt: skip
+
+
+@jit
+def hear_rest(at, seen, COUNT: gl.constexpr, STRIDE: gl.constexpr):
+    """What :func:`look` has seen, when all of it is there."""
+    return gl.inline_asm_elementwise(
+        _hear_rest_text(COUNT, STRIDE), _registers(4 * COUNT, 8 * COUNT, 4 * COUNT), [at, seen],
         dtype=gl.float16, is_pure=False, pack=8 * COUNT,
     )  # fmt: skip
 
@@ -79,7 +121,7 @@ def hear_chunks(at, patience, COUNT: gl.constexpr, STRIDE: gl.constexpr):
 def hear_three(at, patience, COUNT: gl.constexpr, STRIDE: gl.constexpr, DISTANCE: gl.constexpr):
     """Three such tensors, DISTANCE bytes apart, looked for together."""
     return gl.inline_asm_elementwise(
-        _hear_text(COUNT, STRIDE, 3, DISTANCE), _hear_registers(COUNT, 3), [at, _as_many(patience, at)],
+        _hear_text(COUNT, STRIDE, 3, DISTANCE), _registers(12 * COUNT, 8 * COUNT, 8 * COUNT), [at, _as_many(patience, at)],
         dtype=(gl.float16, gl.float16, gl.float16), is_pure=False, pack=8 * COUNT,
     )  # fmt: skip
 

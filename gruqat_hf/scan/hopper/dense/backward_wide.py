@@ -22,33 +22,33 @@ from ..gradients import coefficients, powers
 from ..mailbox import hear_magnitudes, new_mailbox, post_magnitudes, post_pairs
 from ..staging import fetch_step, read, rings
 from . import RESCALE, STAGES
-from .layouts import CHANNELS, ROWS, WARPS
+from .layouts import CHANNELS, ROWS, WARPS, load_weights, operand_place, sum_layout
 from .maxima import maxima_layout
 from .results import Gradients, room_for_sums, store_step, store_sums
 from .tiles import summed
 from .weights import BackwardWeights
 from .wide import (
     BLOCK,
+    PARTS,
     PROGRAMS,
     WORDS,
+    Wave,
     hear_operands,
     held_weights,
     hold_weights,
-    load_weights,
     no_product,
-    operand_place,
     own_place,
     parts_memory,
     patience_of,
     pieces,
-    sum_layout,
     waves,
 )
 
 #: Of :func:`.wide.patience_of`: at one row, and for each doubling.
 _PATIENCE = 350, 60
 _CHANNELS, _ROWS = gl.constexpr(CHANNELS), gl.constexpr(ROWS)
-_BLOCK, _PROGRAMS, _WORDS = gl.constexpr(BLOCK), gl.constexpr(PROGRAMS), gl.constexpr(WORDS)
+_BLOCK, _PARTS = gl.constexpr(BLOCK), gl.constexpr(PARTS)
+_PROGRAMS, _WORDS = gl.constexpr(PROGRAMS), gl.constexpr(WORDS)
 
 
 @jit
@@ -75,7 +75,7 @@ def _backward(
 
     Steps go in pairs, each with shared memory of its own, as in the forward kernel.
     """
-    SUMS: gl.constexpr = sum_layout()
+    SUMS: gl.constexpr = sum_layout(_PARTS)
     GATES: gl.constexpr = gl.SliceLayout(0, SUMS)
     SLOTS: gl.constexpr = STAGES // 2
     part = gl.program_id(0)
@@ -87,8 +87,8 @@ def _backward(
 
     tile = weight + (block * _PROGRAMS + part) * (_CHANNELS * _BLOCK)
     gate_stride: gl.constexpr = (H // SIZE) * _BLOCK * _BLOCK
-    w_r = load_weights(tile)
-    w_z = load_weights(tile + gate_stride)
+    w_r = load_weights(tile, _BLOCK, _PARTS)
+    w_z = load_weights(tile + gate_stride, _BLOCK, _PARTS)
     w_n = hold_weights(tile + 2 * gate_stride)
     if h_grid is not None:
         _, h_inv, h_low, h_high = load_grid(h_grid, 0, 1)
@@ -131,7 +131,7 @@ def _backward(
     GATE_BYTES: gl.constexpr = _WORDS * 4
     round_bytes = tiles * ((H // SIZE) * 3 * GATE_BYTES)
     letters = (mailbox + place * (3 * _WORDS)).to(gl.int64)
-    heard_at = letters + operand_place()
+    heard_at = letters + operand_place(_BLOCK, _PARTS)
     posted_at = letters + own_place(part, GATES)
     maxima_p = maxima + place * (_PROGRAMS * _ROWS)
     carry = gl.load(dlast + offset, mask=inside, other=0.0).to(gl.float32)
@@ -236,11 +236,9 @@ def backward(
     )
 
 
-def _launch(
-    prepared: BackwardWeights, io: tuple[Tensor | None, ...], largest: Tensor, wave: tuple[int, int], reverse: bool
-) -> None:
+def _launch(prepared: BackwardWeights, io: tuple[Tensor | None, ...], largest: Tensor, wave: Wave, reverse: bool) -> None:
     """Launch the kernel for some steps, of which ``io`` is, and for a wave's tiles of rows."""
-    dgi, (first, tiles) = io[6], wave
+    dgi, (first, tiles, _) = io[6], wave
     assert dgi is not None
     steps, rows, _, hidden = dgi.shape
     blocks = hidden // prepared.size

@@ -17,50 +17,43 @@ from ..exchange import area_bytes, area_of, area_shape, close_exchange, open_exc
 from ..gluon import constexpr_function, gl, jit, mma_v2, wait_for_copies
 from ..layouts import copy_layout, ring_memory
 from . import STAGES
-from .layouts import CHANNELS, ROWS, SPLITS, WARPS, product_layout, send_layout, sum_layout, sum_memory
+from .layouts import (
+    CHANNELS,
+    ROWS,
+    SLICE_BYTES,
+    WARPS,
+    load_weights,
+    operand_place,
+    product_layout,
+    send_layout,
+    sum_layout,
+    sum_memory,
+)
 from .tiles import fetch_inputs, keep, lines_of_slot, load_gates, read_gate, send, store_gates, summed, turn_memory
 from .turns import tiles_of_cluster
 from .weights import HalfWeights
 
 #: Of a step of one tile, and of three.
 _DURATIONS = {1: 1.0, 3: 1.75}
+#: Parts that a product's inputs are split in.
+_PARTS = gl.constexpr(4)
 _CHANNELS = gl.constexpr(CHANNELS)
 _ROWS = gl.constexpr(ROWS)
-_SPLITS = gl.constexpr(SPLITS)
+_SLICE_BYTES = gl.constexpr(SLICE_BYTES)
 
 
 @constexpr_function
 def _area(PROGRAMS, TILES):
     """The exchange's: of each tile's states, twice."""
-    return area_shape((PROGRAMS * CHANNELS * ROWS * 2,), 2 * TILES)
-
-
-@jit
-def _operand_at(DEPTH: gl.constexpr):
-    """Where in a slot the first chunk of a thread's part of a product's right side lies."""
-    RIGHT: gl.constexpr = gl.DotOperandLayout(1, product_layout(), 2)
-    split = gl.arange(0, _SPLITS, layout=gl.SliceLayout(1, gl.SliceLayout(2, RIGHT)))[:, None, None]
-    k = gl.arange(0, DEPTH, layout=gl.SliceLayout(0, gl.SliceLayout(2, RIGHT)))[None, :, None]
-    row = gl.arange(0, _ROWS, layout=gl.SliceLayout(0, gl.SliceLayout(1, RIGHT)))[None, None, :]
-    return split * (DEPTH * _ROWS * 2) + row * (_CHANNELS * 2) + ((k >> 1) & 3) * 16
-
-
-@jit
-def _load_weights(weight, DEPTH: gl.constexpr):
-    """A program's part of a gate's weights into registers, as a product's left side."""
-    LEFT: gl.constexpr = gl.DotOperandLayout(0, product_layout(), 2)
-    split = gl.arange(0, _SPLITS, layout=gl.SliceLayout(1, gl.SliceLayout(2, LEFT)))[:, None, None]
-    out = gl.arange(0, _CHANNELS, layout=gl.SliceLayout(0, gl.SliceLayout(2, LEFT)))[None, :, None]
-    into = gl.arange(0, DEPTH, layout=gl.SliceLayout(0, gl.SliceLayout(1, LEFT)))[None, None, :]
-    return gl.load(weight + (split * _CHANNELS + out) * DEPTH + into)
+    return area_shape((PROGRAMS * SLICE_BYTES,), 2 * TILES)
 
 
 @jit
 def _multiply(base, count, at, w_r, w_z, w_n, SLOT: gl.constexpr, AREA: gl.constexpr):
     """The parts of the three gates' products that warps compute, when a slot's ``count``-th states have come."""
     wait_for_round(base, count, SLOT, AREA)
-    right = read_chunks(at, SLOT, AREA, at.shape[1] // 32, _CHANNELS * _ROWS * 2)
-    zeros = gl.full([_SPLITS, _CHANNELS, _ROWS], 0.0, gl.float32, layout=product_layout())
+    right = read_chunks(at, SLOT, AREA, at.shape[1] // 32, _SLICE_BYTES)
+    zeros = gl.full([_PARTS, _CHANNELS, _ROWS], 0.0, gl.float32, layout=product_layout(_PARTS))
     return mma_v2(w_r, right, zeros), mma_v2(w_z, right, zeros), mma_v2(w_n, right, zeros)
 
 
@@ -76,10 +69,9 @@ def _forward(
     computed; of several, a turn computes the next one's product beside its own gates. Steps go in pairs for the two slots of each
     tile's exchange; a last step that is none computes on zeros, and stores nothing.
     """
-    SUMS: gl.constexpr = sum_layout()
+    SUMS: gl.constexpr = sum_layout(_PARTS)
     GATES: gl.constexpr = gl.SliceLayout(0, SUMS)
     BLOCK: gl.constexpr = PROGRAMS * _CHANNELS
-    DEPTH: gl.constexpr = BLOCK // _SPLITS
     AREA: gl.constexpr = _area(PROGRAMS, TILES)
     gl.static_assert(TILES % 2 == 1 and STAGES % 2 == 0, "turns alternate between two sets of memory, whatever the step")
     TILE: gl.constexpr = _ROWS * H
@@ -93,9 +85,9 @@ def _forward(
 
     tile = weight + (block * PROGRAMS + part) * (_CHANNELS * BLOCK)
     gate_stride: gl.constexpr = (H // SIZE) * BLOCK * BLOCK
-    w_r = _load_weights(tile, DEPTH)
-    w_z = _load_weights(tile + gate_stride, DEPTH)
-    w_n = _load_weights(tile + 2 * gate_stride, DEPTH)
+    w_r = load_weights(tile, BLOCK, _PARTS)
+    w_z = load_weights(tile + gate_stride, BLOCK, _PARTS)
+    w_n = load_weights(tile + 2 * gate_stride, BLOCK, _PARTS)
 
     s = part * _CHANNELS + gl.arange(0, _CHANNELS, layout=gl.SliceLayout(1, GATES))
     b = first_row + gl.arange(0, _ROWS, layout=gl.SliceLayout(0, GATES))
@@ -127,7 +119,7 @@ def _forward(
         mask_p = mask + start * B + b
 
     INPUT: gl.constexpr = gi.dtype.element_ty
-    PARTS: gl.constexpr = [_SPLITS, _CHANNELS, _ROWS]
+    PARTS: gl.constexpr = [_PARTS, _CHANNELS, _ROWS]
     RING: gl.constexpr = ring_memory(_CHANNELS, 4, INPUT.primitive_bitwidth // 8)
     memory = (
         turn_memory(gl.float32, PARTS, sum_memory(), gl.float16, INPUT, RING, SLOTS // 2),
@@ -142,11 +134,11 @@ def _forward(
         gi_p += step * 3
 
     base = open_exchange(AREA, PROGRAMS)
-    operand_at = base + _operand_at(DEPTH)
+    operand_at = base + operand_place(BLOCK, _PARTS)
     rank = gl.arange(0, PROGRAMS, layout=gl.SliceLayout(1, gl.SliceLayout(2, SEND)))[:, None, None]
     chunk_row = gl.arange(0, _ROWS, layout=gl.SliceLayout(0, gl.SliceLayout(2, SEND)))[None, :, None]
     chunk = gl.arange(0, _CHANNELS, layout=gl.SliceLayout(0, gl.SliceLayout(1, SEND)))[None, None, :] >> 3
-    place = part * (_CHANNELS * _ROWS * 2) + chunk_row * (_CHANNELS * 2) + chunk * 16
+    place = part * _SLICE_BYTES + chunk_row * (_CHANNELS * 2) + chunk * 16
     area = area_of(rank + place * 0, base)
     to = area + place
     for k in gl.static_range(TILES):

@@ -1,8 +1,8 @@
 """Which thread of a dense cluster's program holds what.
 
 A program owns 32 channels of a block; the cluster's programs together own all of it. Its eight warps share a step's product
-``[32 channels, BLOCK inputs] x [BLOCK inputs, 8 rows]`` as 2 halves of the channels times 4 quarters of the inputs; the quarters'
-sums go through shared memory, from where each thread takes one channel of one row.
+``[32 channels, BLOCK inputs] x [BLOCK inputs, 8 rows]`` as 2 halves of the channels times 4 quarters of the inputs, or as eighths
+of the inputs; the parts' sums go through shared memory, from where each thread takes one channel of one row.
 
 The state comes from the exchange, to which each program sends its 32 channels of 8 rows as chunks of 8 channels, 16 bytes:
 
@@ -10,22 +10,25 @@ The state comes from the exchange, to which each program sends its 32 channels o
 
 Of a product's right side, lane ``4 * i + j`` holds column ``i``, which is a row of the batch, and 4 of each 16 inputs. Which
 inputs these are is a matter of naming, as long as the weights' columns have the same names: lane ``4 * i + j`` takes chunk ``j``
-of row ``i`` from each program of its warp's quarter. So 32 lanes read 512 bytes in a row, 16 a lane, and hold what the product
+of row ``i`` from each program of its warp's part. So 32 lanes read 512 bytes in a row, 16 a lane, and hold what the product
 wants.
 """
 
 from __future__ import annotations
 
-from ..gluon import constexpr_function, gl
+from ..gluon import constexpr_function, gl, jit
 
-#: Channels of a program, rows of the batch of a cluster, parts that a product's inputs are split in, and warps.
-CHANNELS, ROWS, SPLITS, WARPS = 32, 8, 4, 8
+#: Channels of a program, rows of the batch of a tile, and warps.
+CHANNELS, ROWS, WARPS = 32, 8, 8
+#: Bytes of a program's values, one for each channel and row.
+SLICE_BYTES = CHANNELS * ROWS * 2
+_CHANNELS, _ROWS, _SLICE_BYTES = gl.constexpr(CHANNELS), gl.constexpr(ROWS), gl.constexpr(SLICE_BYTES)
 
 
 @constexpr_function
-def product_layout():
-    """Of a product's result ``[SPLITS, CHANNELS, ROWS]``."""
-    return gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[4, 2, 1], instr_shape=[1, 16, 8])
+def product_layout(PARTS):
+    """Of a product's result ``[PARTS, CHANNELS, ROWS]``."""
+    return gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[PARTS, WARPS // PARTS, 1], instr_shape=[1, 16, 8])
 
 
 @constexpr_function
@@ -35,9 +38,33 @@ def sum_memory():
 
 
 @constexpr_function
-def sum_layout():
-    """Of the same when it is summed: each thread all parts of one channel of one row."""
-    return gl.BlockedLayout([4, 1, 1], [1, 8, 4], [1, 4, 2], [1, 2, 0])
+def sum_layout(PARTS):
+    """Of the same when it is summed: each thread all parts of one channel of one row; neighbouring lanes have neighbouring
+    channels."""
+    return gl.BlockedLayout([PARTS, 1, 1], [1, 8, 4], [1, 4, 2], [1, 2, 0])
+
+
+@jit
+def load_weights(weight, BLOCK: gl.constexpr, PARTS: gl.constexpr):
+    """A program's part of a gate's weights ``[BLOCK // CHANNELS, CHANNELS, CHANNELS]``, inputs first and last, into registers, as
+    a product's left side."""
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, product_layout(PARTS), 2)
+    DEPTH: gl.constexpr = BLOCK // PARTS
+    part = gl.arange(0, PARTS, layout=gl.SliceLayout(1, gl.SliceLayout(2, LEFT)))[:, None, None]
+    out = gl.arange(0, _CHANNELS, layout=gl.SliceLayout(0, gl.SliceLayout(2, LEFT)))[None, :, None]
+    k = part * DEPTH + gl.arange(0, DEPTH, layout=gl.SliceLayout(0, gl.SliceLayout(1, LEFT)))[None, None, :]
+    return gl.load(weight + (k // _CHANNELS * _CHANNELS + out) * _CHANNELS + k % _CHANNELS)
+
+
+@jit
+def operand_place(BLOCK: gl.constexpr, PARTS: gl.constexpr):
+    """Where in the state that all programs send, in bytes, the first chunk of a thread's part of a product's right side lies."""
+    RIGHT: gl.constexpr = gl.DotOperandLayout(1, product_layout(PARTS), 2)
+    DEPTH: gl.constexpr = BLOCK // PARTS
+    part = gl.arange(0, PARTS, layout=gl.SliceLayout(1, gl.SliceLayout(2, RIGHT)))[:, None, None]
+    k = gl.arange(0, DEPTH, layout=gl.SliceLayout(0, gl.SliceLayout(2, RIGHT)))[None, :, None]
+    row = gl.arange(0, _ROWS, layout=gl.SliceLayout(0, gl.SliceLayout(1, RIGHT)))[None, None, :]
+    return part * (DEPTH // _CHANNELS * _SLICE_BYTES) + row * (_CHANNELS * 2) + ((k >> 1) & 3) * 16
 
 
 @constexpr_function

@@ -15,28 +15,36 @@ column ``i`` of a product's right side, and the 4 of each 16 inputs that the wei
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
 from ...triton.device import device_facts
 from ...triton.exchange_plan import cdiv
 from ..gluon import constexpr_function, gl, jit
-from ..mailbox import hear_chunks, hear_three
-from .layouts import CHANNELS, ROWS, sum_memory
+from ..mailbox import hear_chunks, hear_rest, hear_three, look
+from .layouts import CHANNELS, ROWS, SLICE_BYTES, load_weights, product_layout, sum_memory
 
-#: Programs that share a block, its channels with padding, parts that a product's inputs are split in, and inputs of a part.
-PROGRAMS, BLOCK, PARTS, DEPTH = 32, 1024, 8, 128
+#: Programs that share a block, its channels with padding, and parts that a product's inputs are split in.
+PROGRAMS, BLOCK, PARTS = 32, 1024, 8
+#: int32 words of all programs' values of a tile.
+WORDS = PROGRAMS * SLICE_BYTES // 4
 #: Steps of a launch at most, even: a mailbox has words for each of them.
 _MOST_STEPS = 512
-#: Bytes of a program's values, one for each channel and row, and int32 words of all programs' ones.
-SLICE_BYTES = CHANNELS * ROWS * 2
-WORDS = PROGRAMS * SLICE_BYTES // 4
-_CHANNELS, _ROWS, _PARTS, _DEPTH = gl.constexpr(CHANNELS), gl.constexpr(ROWS), gl.constexpr(PARTS), gl.constexpr(DEPTH)
+_CHANNELS, _ROWS, _BLOCK, _PARTS = gl.constexpr(CHANNELS), gl.constexpr(ROWS), gl.constexpr(BLOCK), gl.constexpr(PARTS)
 _SLICE_BYTES, _WORDS = gl.constexpr(SLICE_BYTES), gl.constexpr(WORDS)
 
 
-def waves(rows: int, blocks: int, device: torch.device) -> Iterator[tuple[int, int]]:
-    """The first tile and the number of tiles of each launch that a batch takes, with no more programs than processors.
+class Wave(NamedTuple):
+    """The tiles of rows of a launch: from ``first`` on, ``turns`` for each of ``groups`` that have the programs of all blocks."""
+
+    first: int
+    groups: int
+    turns: int
+
+
+def waves(rows: int, blocks: int, device: torch.device, most_turns: int = 1) -> Iterator[Wave]:
+    """The launches that a batch takes, with no more programs than processors: as few as can be, then with as few turns.
 
     Raises:
         RuntimeError: one tile has more, in a program that was exported on a larger GPU.
@@ -48,8 +56,9 @@ def waves(rows: int, blocks: int, device: torch.device) -> Iterator[tuple[int, i
             f"hopper_dense was chosen for {blocks} blocks, which need {PROGRAMS * blocks} programs at once, but {device} has "
             f"{processors} processors; run or export the layer on this GPU with backend 'triton' or 'auto'"
         )
-    for first in range(0, tiles, at_once):
-        yield first, min(at_once, tiles - first)
+    turns = cdiv(tiles, at_once * cdiv(tiles, at_once * most_turns))
+    for first in range(0, tiles, at_once * turns):
+        yield Wave(first, min(at_once, cdiv(tiles - first, turns)), turns)
 
 
 def patience_of(one: int, doubling: int, rows: int, tiles: int) -> int:
@@ -65,19 +74,6 @@ def pieces(steps: int, reverse: bool) -> list[slice]:
 
 
 @constexpr_function
-def product_layout():
-    """Of a product's result ``[PARTS, CHANNELS, ROWS]``."""
-    return gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[8, 1, 1], instr_shape=[1, 16, 8])
-
-
-@constexpr_function
-def sum_layout():
-    """Of the same when it is summed: each thread all parts of one channel of one row; neighbouring lanes have neighbouring
-    channels."""
-    return gl.BlockedLayout([8, 1, 1], [1, 8, 4], [1, 4, 2], [1, 2, 0])
-
-
-@constexpr_function
 def weight_memory():
     """Of a gate's weights ``[PARTS, CHANNELS, DEPTH]`` in shared memory: what a lane needs for an instruction is 16 bytes."""
     lane = [[0, 0, 1], [0, 8, 0], [0, 0, 8]]
@@ -87,27 +83,17 @@ def weight_memory():
 
 
 @jit
-def load_weights(weight):
-    """A program's part of a gate's weights into registers, as a product's left side."""
-    LEFT: gl.constexpr = gl.DotOperandLayout(0, product_layout(), 2)
-    part = gl.arange(0, _PARTS, layout=gl.SliceLayout(1, gl.SliceLayout(2, LEFT)))[:, None, None]
-    out = gl.arange(0, _CHANNELS, layout=gl.SliceLayout(0, gl.SliceLayout(2, LEFT)))[None, :, None]
-    into = gl.arange(0, _DEPTH, layout=gl.SliceLayout(0, gl.SliceLayout(1, LEFT)))[None, None, :]
-    return gl.load(weight + (part * _CHANNELS + out) * _DEPTH + into)
-
-
-@jit
 def hold_weights(weight):
-    """The same into shared memory."""
-    memory = gl.allocate_shared_memory(gl.float16, [_PARTS, _CHANNELS, _DEPTH], weight_memory())
-    memory.store(load_weights(weight))
+    """A program's part of a gate's weights into shared memory."""
+    memory = gl.allocate_shared_memory(gl.float16, [_PARTS, _CHANNELS, _BLOCK // _PARTS], weight_memory())
+    memory.store(load_weights(weight, _BLOCK, _PARTS))
     return memory
 
 
 @jit
 def held_weights(memory):
     """A product's left side from there."""
-    return memory.load(gl.DotOperandLayout(0, product_layout(), 2))
+    return memory.load(gl.DotOperandLayout(0, product_layout(_PARTS), 2))
 
 
 @jit
@@ -119,17 +105,7 @@ def parts_memory():
 @jit
 def no_product():
     """Zeros for a product to be added to, ``[PARTS, CHANNELS, ROWS]`` fp32."""
-    return gl.full([_PARTS, _CHANNELS, _ROWS], 0.0, gl.float32, layout=product_layout())
-
-
-@jit
-def operand_place():
-    """Where in a step's values, in bytes, the first chunk of a thread's part of a product's right side lies."""
-    RIGHT: gl.constexpr = gl.DotOperandLayout(1, product_layout(), 2)
-    part = gl.arange(0, _PARTS, layout=gl.SliceLayout(1, gl.SliceLayout(2, RIGHT)))[:, None, None]
-    k = gl.arange(0, _DEPTH, layout=gl.SliceLayout(0, gl.SliceLayout(2, RIGHT)))[None, :, None]
-    row = gl.arange(0, _ROWS, layout=gl.SliceLayout(0, gl.SliceLayout(1, RIGHT)))[None, None, :]
-    return part * (_DEPTH * _ROWS * 2) + row * (_CHANNELS * 2) + ((k >> 1) & 3) * 16
+    return gl.full([_PARTS, _CHANNELS, _ROWS], 0.0, gl.float32, layout=product_layout(_PARTS))
 
 
 @jit
@@ -143,10 +119,22 @@ def own_place(part, GATES: gl.constexpr):
 @jit
 def hear_operand(at, patience):
     """A product's right side, when all of it is there."""
-    return hear_chunks(at, patience, _DEPTH // 32, _SLICE_BYTES)
+    return hear_chunks(at, patience, at.shape[1] // 32, _SLICE_BYTES)
+
+
+@jit
+def look_for_operand(at):
+    """What is there of it by now."""
+    return look(at, at.shape[1] // 32, _SLICE_BYTES)
+
+
+@jit
+def hear_rest_of_operand(at, seen):
+    """All of it, after a look."""
+    return hear_rest(at, seen, at.shape[1] // 32, _SLICE_BYTES)
 
 
 @jit
 def hear_operands(at, patience):
     """Those of three products."""
-    return hear_three(at, patience, _DEPTH // 32, _SLICE_BYTES, _WORDS * 4)
+    return hear_three(at, patience, at.shape[1] // 32, _SLICE_BYTES, _WORDS * 4)
