@@ -26,7 +26,7 @@ STRUCTURES = {
 }
 #: Odd numbers of steps and rows, fewer rows than a tile has and more.
 SHAPES = ((5, 3), (18, 9))
-#: More tiles than clusters of 16 programs run at once, so that tiles take turns.
+#: More tiles than clusters of 16 programs, or groups of 32, run at once, so that tiles take turns.
 TURNS = (5, 70)
 
 

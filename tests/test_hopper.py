@@ -150,11 +150,13 @@ def test_more_blocks_than_a_grid_holds_are_inferred_as_bytes():
     layer = build(blocks(5), "int8_state16", 5 * 1024, 16, CUDA)
     layer.backend = "auto"
     x = torch.randn(4, 3, 16, device=CUDA)
-    with torch.no_grad():
-        layer(x)
-    assert layer.last_path.startswith("hopper")
-    layer(x)
-    assert layer.last_path.startswith("triton (hopper: ") and "160 programs at once" in layer.last_path
+    for precision, reason in (("high", "160 programs at once"), ("highest", "gradients as exact as fp32")):
+        with matmul_precision(precision):
+            with torch.no_grad():
+                layer(x)
+            assert layer.last_path.startswith("hopper")
+            layer(x)
+            assert layer.last_path.startswith("triton (hopper: ") and reason in layer.last_path
 
 
 @pytest.mark.parametrize("reverse", [False, True])

@@ -64,7 +64,8 @@ def refuses(inputs: ScanInputs, facts: DeviceFacts) -> str | None:
         return f"these kernels take square blocks of {most}, not {size} x {columns}"
     if (reason := refuses_products(inputs)) is not None:
         return reason
-    if (exact := spec_of(inputs).exact) and (reason := portable.refuses(inputs, facts)) is not None:
+    exact = spec_of(inputs).exact
+    if exact and inputs.needs_grad and (reason := portable.refuses(inputs, facts)) is not None:
         return f"gradients as exact as fp32 are the portable kernels', but {reason}"
     programs, as_bytes = padded_size(size) // 32, multiplies_bytes(inputs)
     if size > LARGEST_HALF and ((inputs.needs_grad and not exact) or not as_bytes):
