@@ -87,8 +87,8 @@ def _backward(
 
     tile = weight + (block * _PROGRAMS + part) * (_CHANNELS * _BLOCK)
     gate_stride: gl.constexpr = (H // SIZE) * _BLOCK * _BLOCK
-    w_r = load_weights(tile, _BLOCK, _PARTS)
-    w_z = load_weights(tile + gate_stride, _BLOCK, _PARTS)
+    w_r = load_weights(tile, _BLOCK)
+    w_z = load_weights(tile + gate_stride, _BLOCK)
     w_n = hold_weights(tile + 2 * gate_stride)
     if h_grid is not None:
         _, h_inv, h_low, h_high = load_grid(h_grid, 0, 1)
@@ -131,7 +131,7 @@ def _backward(
     GATE_BYTES: gl.constexpr = _WORDS * 4
     round_bytes = tiles * ((H // SIZE) * 3 * GATE_BYTES)
     letters = (mailbox + place * (3 * _WORDS)).to(gl.int64)
-    heard_at = letters + operand_place(_BLOCK, _PARTS)
+    heard_at = letters + operand_place(_BLOCK)
     posted_at = letters + own_place(part, GATES)
     maxima_p = maxima + place * (_PROGRAMS * _ROWS)
     carry = gl.load(dlast + offset, mask=inside, other=0.0).to(gl.float32)

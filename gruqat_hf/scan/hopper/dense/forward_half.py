@@ -24,6 +24,7 @@ from .layouts import (
     WARPS,
     load_weights,
     operand_place,
+    parts_of,
     product_layout,
     send_layout,
     sum_layout,
@@ -35,8 +36,6 @@ from .weights import HalfWeights
 
 #: Of a step of one tile, and of three.
 _DURATIONS = {1: 1.0, 3: 1.75}
-#: Parts that a product's inputs are split in.
-_PARTS = gl.constexpr(4)
 _CHANNELS = gl.constexpr(CHANNELS)
 _ROWS = gl.constexpr(ROWS)
 _SLICE_BYTES = gl.constexpr(SLICE_BYTES)
@@ -53,7 +52,7 @@ def _multiply(base, count, at, w_r, w_z, w_n, SLOT: gl.constexpr, AREA: gl.const
     """The parts of the three gates' products that warps compute, when a slot's ``count``-th states have come."""
     wait_for_round(base, count, SLOT, AREA)
     right = read_chunks(at, SLOT, AREA, at.shape[1] // 32, _SLICE_BYTES)
-    zeros = gl.full([_PARTS, _CHANNELS, _ROWS], 0.0, gl.float32, layout=product_layout(_PARTS))
+    zeros = gl.full([at.shape[0], _CHANNELS, _ROWS], 0.0, gl.float32, layout=product_layout(at.shape[0]))
     return mma_v2(w_r, right, zeros), mma_v2(w_z, right, zeros), mma_v2(w_n, right, zeros)
 
 
@@ -69,9 +68,10 @@ def _forward(
     computed; of several, a turn computes the next one's product beside its own gates. Steps go in pairs for the two slots of each
     tile's exchange; a last step that is none computes on zeros, and stores nothing.
     """
-    SUMS: gl.constexpr = sum_layout(_PARTS)
-    GATES: gl.constexpr = gl.SliceLayout(0, SUMS)
     BLOCK: gl.constexpr = PROGRAMS * _CHANNELS
+    PARTS: gl.constexpr = parts_of(BLOCK)
+    SUMS: gl.constexpr = sum_layout(PARTS)
+    GATES: gl.constexpr = gl.SliceLayout(0, SUMS)
     AREA: gl.constexpr = _area(PROGRAMS, TILES)
     gl.static_assert(TILES % 2 == 1 and STAGES % 2 == 0, "turns alternate between two sets of memory, whatever the step")
     TILE: gl.constexpr = _ROWS * H
@@ -85,9 +85,9 @@ def _forward(
 
     tile = weight + (block * PROGRAMS + part) * (_CHANNELS * BLOCK)
     gate_stride: gl.constexpr = (H // SIZE) * BLOCK * BLOCK
-    w_r = load_weights(tile, BLOCK, _PARTS)
-    w_z = load_weights(tile + gate_stride, BLOCK, _PARTS)
-    w_n = load_weights(tile + 2 * gate_stride, BLOCK, _PARTS)
+    w_r = load_weights(tile, BLOCK)
+    w_z = load_weights(tile + gate_stride, BLOCK)
+    w_n = load_weights(tile + 2 * gate_stride, BLOCK)
 
     s = part * _CHANNELS + gl.arange(0, _CHANNELS, layout=gl.SliceLayout(1, GATES))
     b = first_row + gl.arange(0, _ROWS, layout=gl.SliceLayout(0, GATES))
@@ -119,11 +119,11 @@ def _forward(
         mask_p = mask + start * B + b
 
     INPUT: gl.constexpr = gi.dtype.element_ty
-    PARTS: gl.constexpr = [_PARTS, _CHANNELS, _ROWS]
+    PRODUCT: gl.constexpr = [PARTS, _CHANNELS, _ROWS]
     RING: gl.constexpr = ring_memory(_CHANNELS, 4, INPUT.primitive_bitwidth // 8)
     memory = (
-        turn_memory(gl.float32, PARTS, sum_memory(), gl.float16, INPUT, RING, SLOTS // 2),
-        turn_memory(gl.float32, PARTS, sum_memory(), gl.float16, INPUT, RING, SLOTS // 2),
+        turn_memory(gl.float32, PRODUCT, sum_memory(), gl.float16, INPUT, RING, SLOTS // 2),
+        turn_memory(gl.float32, PRODUCT, sum_memory(), gl.float16, INPUT, RING, SLOTS // 2),
     )
     lines, present = lines_of_slot(memory[0][2], block, part, first_row, B, H, SIZE, COPY, TILES)
     gi_p = gi + start * row * 3
@@ -134,7 +134,7 @@ def _forward(
         gi_p += step * 3
 
     base = open_exchange(AREA, PROGRAMS)
-    operand_at = base + operand_place(BLOCK, _PARTS)
+    operand_at = base + operand_place(BLOCK)
     rank = gl.arange(0, PROGRAMS, layout=gl.SliceLayout(1, gl.SliceLayout(2, SEND)))[:, None, None]
     chunk_row = gl.arange(0, _ROWS, layout=gl.SliceLayout(0, gl.SliceLayout(2, SEND)))[None, :, None]
     chunk = gl.arange(0, _CHANNELS, layout=gl.SliceLayout(0, gl.SliceLayout(1, SEND)))[None, None, :] >> 3

@@ -90,8 +90,8 @@ def _forward(
 
     tile = weight + (block * _PROGRAMS + part) * (_CHANNELS * _BLOCK)
     gate_stride: gl.constexpr = (H // SIZE) * _BLOCK * _BLOCK
-    w_r = load_weights(tile, _BLOCK, _PARTS)
-    w_z = load_weights(tile + gate_stride, _BLOCK, _PARTS)
+    w_r = load_weights(tile, _BLOCK)
+    w_z = load_weights(tile + gate_stride, _BLOCK)
     w_n = hold_weights(tile + 2 * gate_stride)
 
     s = part * _CHANNELS + gl.arange(0, _CHANNELS, layout=gl.SliceLayout(1, GATES))
@@ -137,7 +137,7 @@ def _forward(
     TILE_BYTES: gl.constexpr = (H // SIZE) * _WORDS * 4
     letters = (mailbox + (gl.program_id(1) * TILES * (H // SIZE) + block) * _WORDS).to(gl.int64)
     round_bytes = gl.num_programs(1).to(gl.int64) * (TILES * TILE_BYTES)
-    heard_at = letters + operand_place(_BLOCK, _PARTS)
+    heard_at = letters + operand_place(_BLOCK)
     posted_at = letters + own_place(part, GATES)
     for k in gl.static_range(TILES):
         x = codes(h[k], h_inv, h_low, h_high) if PORTABLE else h[k]

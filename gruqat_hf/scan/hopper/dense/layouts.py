@@ -26,6 +26,12 @@ _CHANNELS, _ROWS, _SLICE_BYTES = gl.constexpr(CHANNELS), gl.constexpr(ROWS), gl.
 
 
 @constexpr_function
+def parts_of(BLOCK):
+    """Parts that the inputs of a product with blocks of so many channels, with padding, are split in."""
+    return 4 if BLOCK <= 512 else 8
+
+
+@constexpr_function
 def product_layout(PARTS):
     """Of a product's result ``[PARTS, CHANNELS, ROWS]``."""
     return gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[PARTS, WARPS // PARTS, 1], instr_shape=[1, 16, 8])
@@ -45,26 +51,27 @@ def sum_layout(PARTS):
 
 
 @jit
-def load_weights(weight, BLOCK: gl.constexpr, PARTS: gl.constexpr):
-    """A program's part of a gate's weights ``[BLOCK // CHANNELS, CHANNELS, CHANNELS]``, inputs first and last, into registers, as
-    a product's left side."""
+def load_weights(weight, BLOCK: gl.constexpr):
+    """A program's part of a gate's weights ``[PARTS, CHANNELS, inputs of a part]`` into registers, as a product's left side."""
+    PARTS: gl.constexpr = parts_of(BLOCK)
     LEFT: gl.constexpr = gl.DotOperandLayout(0, product_layout(PARTS), 2)
     DEPTH: gl.constexpr = BLOCK // PARTS
     part = gl.arange(0, PARTS, layout=gl.SliceLayout(1, gl.SliceLayout(2, LEFT)))[:, None, None]
     out = gl.arange(0, _CHANNELS, layout=gl.SliceLayout(0, gl.SliceLayout(2, LEFT)))[None, :, None]
-    k = part * DEPTH + gl.arange(0, DEPTH, layout=gl.SliceLayout(0, gl.SliceLayout(1, LEFT)))[None, None, :]
-    return gl.load(weight + (k // _CHANNELS * _CHANNELS + out) * _CHANNELS + k % _CHANNELS)
+    into = gl.arange(0, DEPTH, layout=gl.SliceLayout(0, gl.SliceLayout(1, LEFT)))[None, None, :]
+    return gl.load(weight + (part * _CHANNELS + out) * DEPTH + into)
 
 
 @jit
-def operand_place(BLOCK: gl.constexpr, PARTS: gl.constexpr):
+def operand_place(BLOCK: gl.constexpr):
     """Where in the state that all programs send, in bytes, the first chunk of a thread's part of a product's right side lies."""
+    PARTS: gl.constexpr = parts_of(BLOCK)
     RIGHT: gl.constexpr = gl.DotOperandLayout(1, product_layout(PARTS), 2)
     DEPTH: gl.constexpr = BLOCK // PARTS
     part = gl.arange(0, PARTS, layout=gl.SliceLayout(1, gl.SliceLayout(2, RIGHT)))[:, None, None]
     k = gl.arange(0, DEPTH, layout=gl.SliceLayout(0, gl.SliceLayout(2, RIGHT)))[None, :, None]
     row = gl.arange(0, _ROWS, layout=gl.SliceLayout(0, gl.SliceLayout(1, RIGHT)))[None, None, :]
-    return part * (DEPTH // _CHANNELS * _SLICE_BYTES) + row * (_CHANNELS * 2) + ((k >> 1) & 3) * 16
+    return part * (DEPTH * _ROWS * 2) + row * (_CHANNELS * 2) + ((k >> 1) & 3) * 16
 
 
 @constexpr_function

@@ -15,13 +15,13 @@ from ...triton.dense.backward import prepare as portable_weights
 from ...triton.math import gate_factors
 from . import LARGEST_HALF, byte_channels, padded_size
 from .byte_layouts import PIECE, splits
-from .layouts import CHANNELS
+from .layouts import CHANNELS, parts_of
 
 
 class HalfWeights(NamedTuple):
     """Attributes:
-    weight: ``[3, blocks, programs, programs, CHANNELS, CHANNELS]`` fp16, the inputs' programs and channels after the outputs',
-        named as the exchange has them: codes, or prescaled in the float state.
+    weight: ``[3, blocks, programs, parts, CHANNELS, inputs of a part]`` fp16, inputs named as the exchange has them: codes, or
+        prescaled in the float state.
     scale: of an integer product, ``[1, 3, H]``, or None.
     bias: ``[3, H]``, prescaled in the float state.
     h_grid, state_grid: packed, or None.
@@ -50,11 +50,12 @@ def _packed(weight: Tensor) -> Tensor:
     """``[3, blocks, out, in]`` → the layout of :class:`HalfWeights`."""
     gates, blocks, size, _ = weight.shape
     padded = padded_size(size)
-    programs = padded // CHANNELS
+    parts = parts_of(padded)
     weight = pad(weight, (0, padded - size, 0, padded - size))
-    # Inputs by program, chunk, inside the chunk. A lane's k-th of 16 inputs is k // 2 * 8 + 2 * chunk + k % 2.
-    weight = weight.view(gates, blocks, programs, CHANNELS, programs, 4, 2, 2, 2).permute(0, 1, 2, 4, 3, 6, 7, 5, 8)
-    return weight.reshape(gates, blocks, programs, programs, CHANNELS, CHANNELS).contiguous()
+    # Inputs of a part by program, chunk, inside the chunk. A lane's k-th of 16 inputs is k // 2 * 8 + 2 * chunk + k % 2.
+    weight = weight.view(gates, blocks, padded // CHANNELS, CHANNELS, parts, padded // parts // CHANNELS, 4, 2, 2, 2)
+    weight = weight.permute(0, 1, 2, 4, 3, 5, 7, 8, 6, 9)
+    return weight.reshape(gates, blocks, padded // CHANNELS, parts, CHANNELS, padded // parts).contiguous()
 
 
 def packed_by_rows(weight: Tensor) -> Tensor:

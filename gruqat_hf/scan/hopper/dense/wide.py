@@ -23,10 +23,11 @@ from ...triton.device import device_facts
 from ...triton.exchange_plan import cdiv
 from ..gluon import constexpr_function, gl, jit
 from ..mailbox import hear_chunks, hear_rest, hear_three, look
-from .layouts import CHANNELS, ROWS, SLICE_BYTES, load_weights, product_layout, sum_memory
+from .layouts import CHANNELS, ROWS, SLICE_BYTES, load_weights, parts_of, product_layout, sum_memory
 
 #: Programs that share a block, its channels with padding, and parts that a product's inputs are split in.
-PROGRAMS, BLOCK, PARTS = 32, 1024, 8
+PROGRAMS, BLOCK = 32, 1024
+PARTS = parts_of(BLOCK)
 #: int32 words of all programs' values of a tile.
 WORDS = PROGRAMS * SLICE_BYTES // 4
 #: Steps of a launch at most, even: a mailbox has words for each of them.
@@ -86,7 +87,7 @@ def weight_memory():
 def hold_weights(weight):
     """A program's part of a gate's weights into shared memory."""
     memory = gl.allocate_shared_memory(gl.float16, [_PARTS, _CHANNELS, _BLOCK // _PARTS], weight_memory())
-    memory.store(load_weights(weight, _BLOCK, _PARTS))
+    memory.store(load_weights(weight, _BLOCK))
     return memory
 
 
