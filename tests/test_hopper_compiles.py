@@ -28,6 +28,10 @@ MORE = {
     "many rows": ("block_diagonal", "dense", Case(4, 128, 8, 64)),
     "large blocks, many rows": ("block_diagonal", "dense", Case(4, 512, 4, 128)),
     "blocks of 256": ("dense", "dense", Case(4, 4, 2, 256)),
+    "full tiles of 256": ("dense", "dense", Case(4, 8, 2, 256)),
+    "full tiles of 512": ("dense", "dense", Case(4, 8, 1, 512)),
+    "one row of 512": ("dense", "dense", Case(4, 1, 1, 512)),
+    "one row of 1024": ("dense", "dense", Case(4, 1, 1, 1024)),
     "tiles that take turns": ("dense", "dense", Case(4, 200, 1, 512)),
     "tiles of 256 that take turns": ("dense", "dense", Case(4, 200, 2, 256)),
     "blocks of 1024": ("dense", "dense", Case(4, 4, 1, 1024)),
@@ -53,6 +57,7 @@ SPILLED = {
     "large blocks, many rows": 232,
     "blocks of 1024 that take turns": 80,
     "blocks of 256": 8,
+    "full tiles of 256": 8,
     "tiles of 256 that take turns": 8,
     "butterfly of many rows": 96,
 }

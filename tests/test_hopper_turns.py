@@ -67,7 +67,7 @@ def tiles(request, monkeypatch) -> int:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", [1, 9, 33, 150])
+@pytest.mark.parametrize("rows", [1, 2, 3, 9, 33, 150])
 @pytest.mark.parametrize("size", [200, 512])
 @pytest.mark.parametrize("changes", [{}, {"masked": True, "reverse": True, "bias": False}], ids=["plain", "masked"])
 def test_states_and_gradients(tiles, size, rows, changes):
@@ -78,7 +78,7 @@ def test_states_and_gradients(tiles, size, rows, changes):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", [1, 25])
+@pytest.mark.parametrize("rows", [1, 2, 3, 25])
 def test_blocks_of_8_bit_codes(tiles, rows):
     case = Case(19, rows, 1, 1000, quantized=True, masked=True)
     check_against_reference("hopper_dense", case.inputs("dense", CUDA), 0.0, 1e-3)
@@ -100,7 +100,7 @@ def test_a_rows_bits_are_its_own(monkeypatch, tiles, quantized):
         with monkeypatch.context() as patch:
             choose_tiles(patch, 4 - tiles)
             assert torch.equal(Run.of("hopper_dense", inputs).states, run.states)
-        for rows in (slice(0, 8), slice(13, 40), slice(64, 70)):
+        for rows in (slice(0, 8), slice(13, 40), slice(64, 70), slice(5, 6), slice(20, 22), slice(30, 33)):
             some = replace(inputs, gi=inputs.gi[:, rows].contiguous(), h0=inputs.h0[rows].contiguous())
             part = Run.of("hopper_dense", some)
             assert torch.equal(part.states, run.states[:, rows])

@@ -91,12 +91,15 @@ def _read_one_text(AREA, SLOT, BITS):
 
 
 @constexpr_function
-def _send_text(AREA, SLOT, WORDS, PACK):
+def _send_text(AREA, SLOT, WORDS, PACK, CHOSEN=False):
     slot, barrier, _ = _place(AREA, SLOT)
     words = ", ".join(f"${PACK + word}" for word in range(WORDS))
     vector, words = (".v4", f"{{{words}}}") if WORDS == 4 else ("", words)
     area, to = f"${PACK + WORDS}", f"${2 * PACK + WORDS}"
-    text = f"{{ st.async.shared::cluster.mbarrier::complete_tx::bytes{vector}.b32 [{to}+{slot}], {words}, [{area}+{barrier}];\n"
+    text = f"st.async.shared::cluster.mbarrier::complete_tx::bytes{vector}.b32 [{to}+{slot}], {words}, [{area}+{barrier}];\n"
+    if CHOSEN:
+        text = f".reg .pred chosen; setp.ne.b32 chosen, ${3 * PACK + WORDS}, 0;\n@chosen {text}"
+    text = "{ " + text
     return text + " ".join(f"mov.u32 ${i}, 0;" for i in range(PACK)) + " }"
 
 
@@ -182,11 +185,18 @@ def read_floats(at, SLOT: gl.constexpr, AREA: gl.constexpr):
 
 
 @jit
-def send_chunks(values, area, to, SLOT: gl.constexpr, AREA: gl.constexpr):
-    """Values of a thread as chunks of 16 bytes. ``to`` is ``area`` plus the place in a slot, of a chunk's first."""
+def send_chunks(values, area, to, SLOT: gl.constexpr, AREA: gl.constexpr, chosen=None):
+    """Values of a thread as chunks of 16 bytes. ``to`` is ``area`` plus the place in a slot, of a chunk's first. Chunks are sent
+    where ``chosen``, int32, is not 0; all, if it is None."""
     PACK: gl.constexpr = 128 // values.dtype.primitive_bitwidth
-    TEXT: gl.constexpr = _send_text(AREA, SLOT, 4, PACK)
-    gl.inline_asm_elementwise(TEXT, _registers(PACK, 4 + 2 * PACK), [values, area, to], dtype=gl.int32, is_pure=False, pack=PACK)
+    if chosen is None:
+        TEXT: gl.constexpr = _send_text(AREA, SLOT, 4, PACK)
+        REGISTERS: gl.constexpr = _registers(PACK, 4 + 2 * PACK)
+        gl.inline_asm_elementwise(TEXT, REGISTERS, [values, area, to], dtype=gl.int32, is_pure=False, pack=PACK)
+    else:
+        SOME: gl.constexpr = _send_text(AREA, SLOT, 4, PACK, True)
+        MORE: gl.constexpr = _registers(PACK, 4 + 3 * PACK)
+        gl.inline_asm_elementwise(SOME, MORE, [values, area, to, chosen], dtype=gl.int32, is_pure=False, pack=PACK)
 
 
 @jit

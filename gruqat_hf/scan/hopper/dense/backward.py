@@ -27,6 +27,7 @@ from . import LARGEST_HALF, RESCALE, STAGES, backward_wide
 from .layouts import CHANNELS, ROWS, WARPS, part_layout, parts_layout
 from .maxima import hear_largest, maxima_bytes, tell_largest
 from .results import Gradients, room_for_sums, store_step, store_sums
+from .turns import rows_sent
 from .weights import BackwardWeights
 from .weights import backward_weights as prepare
 
@@ -34,14 +35,12 @@ __all__ = ["backward", "prepare"]
 
 _CHANNELS = gl.constexpr(CHANNELS)
 _ROWS = gl.constexpr(ROWS)
-#: Bytes of a program's part of the gradients of another.
-_PART = gl.constexpr(CHANNELS * ROWS * 2)
 
 
 @constexpr_function
-def _area(PROGRAMS):
+def _area(PROGRAMS, SENT):
     """The exchange's: of all programs' parts, twice, and of maxima."""
-    return area_shape((PROGRAMS * CHANNELS * ROWS * 2,), 2, maxima_bytes(PROGRAMS, ROWS, WARPS))
+    return area_shape((PROGRAMS * CHANNELS * SENT * 2,), 2, maxima_bytes(PROGRAMS, ROWS, WARPS))
 
 
 @jit
@@ -56,8 +55,8 @@ def _load_weights(weight, BLOCK: gl.constexpr):
 @jit(do_not_specialize=["T", "B"])
 def _backward(
     h0, mask, states, gates, dstates, dlast, dgi, dgh_n, dh0, adjoint, sums, largest_gradient, weight, h_grid, T, B,
-    H: gl.constexpr, SIZE: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr, RESCALE: gl.constexpr,
-    CLIPPED: gl.constexpr, REVERSE: gl.constexpr,
+    H: gl.constexpr, SIZE: gl.constexpr, PROGRAMS: gl.constexpr, SENT: gl.constexpr, STAGES: gl.constexpr,
+    RESCALE: gl.constexpr, CLIPPED: gl.constexpr, REVERSE: gl.constexpr,
 ):  # fmt: skip
     """Program (p, j, k): slice p of block k, of rows j * ROWS and on. Other parameters as in the block-diagonal kernel;
     ``largest_gradient`` ``[2, B]`` is that of each row of dstates, then of dlast.
@@ -69,7 +68,9 @@ def _backward(
     PRODUCT: gl.constexpr = part_layout()
     RIGHT: gl.constexpr = gl.DotOperandLayout(1, PRODUCT, 2)
     BLOCK: gl.constexpr = PROGRAMS * _CHANNELS
-    AREA: gl.constexpr = _area(PROGRAMS)
+    AREA: gl.constexpr = _area(PROGRAMS, SENT)
+    PART: gl.constexpr = _CHANNELS * SENT * 2
+    PAIRS: gl.constexpr = SENT // 2
     SLOTS: gl.constexpr = STAGES // 2
     REPEATS: gl.constexpr = BLOCK // 256
     part = gl.program_id(0)
@@ -125,14 +126,18 @@ def _backward(
     column = gl.arange(0, _ROWS, layout=gl.SliceLayout(0, PRODUCT))[None, :]
     base = open_exchange(AREA, PROGRAMS)
     area = area_of(((m >> 4) & 7) * REPEATS + (m >> 8) + column * 0, base)
-    to = area + part * _PART + ((m & 7) * 4 + (column >> 1)) * 16
+    to = area + part * PART + ((m & 7) * PAIRS + (column >> 1)) * 16
+    chosen = None
+    if SENT < _ROWS:
+        chosen = (column < SENT).to(gl.int32) + area * 0
     program = gl.arange(0, PROGRAMS, layout=gl.SliceLayout(1, gl.SliceLayout(2, PARTS)))[:, None, None]
     mine = gl.arange(0, _CHANNELS, layout=gl.SliceLayout(0, gl.SliceLayout(2, PARTS)))[None, :, None]
     mine_row = gl.arange(0, _ROWS, layout=gl.SliceLayout(0, gl.SliceLayout(1, PARTS)))[None, None, :]
-    parts_at = base + program * _PART + ((mine >> 2) * 4 + (mine_row >> 1)) * 16 + (mine & 3) * 4 + (mine_row & 1) * 2
+    chunk = (mine >> 2) * PAIRS + (mine_row >> 1) % PAIRS
+    parts_at = base + program * PART + chunk * 16 + (mine & 3) * 4 + (mine_row & 1) * 2
 
     # What counts in the first step: no program's parts, and the gradient of the last state.
-    send_chunks(zeros.to(gl.float16), area, to, 0, AREA)
+    send_chunks(zeros.to(gl.float16), area, to, 0, AREA, chosen)
     weighted = nothing
     passed = gl.load(dlast + offset, mask=inside, other=0.0).to(gl.float32)
     wait_for_copies(STAGES - 1)
@@ -150,6 +155,8 @@ def _backward(
             d = read(going[1], slot, GATES).to(gl.float32)
             wait_for_round(base, i // 2, u, AREA)
             came = gl.sum(read_halves(parts_at, u, AREA).to(gl.float32), axis=0)
+            if SENT < _ROWS:
+                came = gl.where(inside, came, 0.0)
             carry = came * weighted + passed
 
             if u == 0:
@@ -172,7 +179,7 @@ def _backward(
             total = mma_v2(w_r, x[0].load(RIGHT), zeros)
             total = mma_v2(w_z, x[1].load(RIGHT), total)
             total = mma_v2(w_n, x[2].load(RIGHT), total)
-            send_chunks(total.to(gl.float16), area, to, 1 - u, AREA)
+            send_chunks(total.to(gl.float16), area, to, 1 - u, AREA, chosen)
 
             # While parts are on their way.
             fetch_step(
@@ -227,6 +234,7 @@ def backward(
     dgi, dgh_n, dh0, adjoint = Gradients.like(gi, h0, want_adjoint)
     sums = room_for_sums(gi)
     largest = largest_magnitudes(dstates, dlast)
+    sent = max(2, rows_sent(rows))  # a chunk has values of two rows
     ClusterCall(
         kernel=_backward,
         grid=(1, tiles, hidden // prepared.size),
@@ -236,6 +244,7 @@ def backward(
             "H": hidden,
             "SIZE": prepared.size,
             "PROGRAMS": programs,
+            "SENT": sent,
             "STAGES": STAGES,
             "RESCALE": RESCALE,
             "CLIPPED": prepared.clipped,
@@ -243,7 +252,7 @@ def backward(
         },
         warps=WARPS,
         cluster=programs,
-        exchange=area_bytes(_area(programs)),
+        exchange=area_bytes(_area(programs, sent)),
     ).run()
     dbias, dbias_input = sums.sum(1).split(3)
     return ScanGradients(dgi, dh0, dgh_n, adjoint, dbias=dbias if want_weights else None, dbias_input=dbias_input)

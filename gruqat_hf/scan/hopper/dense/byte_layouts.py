@@ -81,15 +81,17 @@ def by_channels(product):
 
 
 @jit
-def operand_at(CHANNELS: gl.constexpr):
-    """Where in a piece the first chunk of a thread's part of a product's right side lies."""
+def operand_at(CHANNELS: gl.constexpr, SENT: gl.constexpr):
+    """Where in a piece the first chunk of a thread's part of a product's right side lies. SENT: the rows that programs send;
+    others get one of these."""
     PARTS: gl.constexpr = splits(CHANNELS)
     RIGHT: gl.constexpr = gl.DotOperandLayout(1, product_layout(CHANNELS), 4)
     part = gl.arange(0, PARTS, layout=gl.SliceLayout(1, gl.SliceLayout(2, RIGHT)))[:, None, None]
     k = gl.arange(0, _PIECE // PARTS, layout=gl.SliceLayout(0, gl.SliceLayout(2, RIGHT)))[None, :, None]
     row = gl.arange(0, _ROWS, layout=gl.SliceLayout(0, gl.SliceLayout(1, RIGHT)))[None, None, :]
     channel = ((k >> 2) & 3) * 16
-    return part * (_PIECE // PARTS * _ROWS) + channel // CHANNELS * (CHANNELS * _ROWS) + row * CHANNELS + channel % CHANNELS
+    first = part * (_PIECE // PARTS * SENT) + channel // CHANNELS * (CHANNELS * SENT)
+    return first + row % SENT * CHANNELS + channel % CHANNELS
 
 
 @jit

@@ -33,7 +33,7 @@ from .byte_layouts import (
     weight_memory,
 )
 from .tiles import fetch_inputs, keep, lines_of_slot, load_gates, read_gate, send, store_gates, summed, turn_memory
-from .turns import tiles_of_cluster
+from .turns import rows_sent, tiles_of_cluster
 from .weights import ByteWeights
 
 #: Of a step of one tile, and of three; by the pieces of a block.
@@ -45,9 +45,9 @@ _ROUNDER = gl.constexpr(12582912.0)
 
 
 @constexpr_function
-def _area(PIECES, TILES):
+def _area(PIECES, TILES, SENT):
     """The exchange's: the pieces of each tile's states, twice."""
-    return area_shape((PIECE * ROWS,), 2 * PIECES * TILES)
+    return area_shape((PIECE * SENT,), 2 * PIECES * TILES)
 
 
 @jit
@@ -57,14 +57,15 @@ def _multiply(base, count, at, weights, last, last_n, SLOT: gl.constexpr, AREA: 
     CHANNELS: gl.constexpr = weights[0].shape[1]
     PRODUCT: gl.constexpr = product_layout(CHANNELS)
     zeros = gl.full([weights[0].shape[0], CHANNELS, _ROWS], 0, gl.int32, layout=PRODUCT)
+    STRIDE: gl.constexpr = AREA[SLOT] // (_PIECE // 64)
     wait_for_round(base, count, SLOT, AREA)
-    right = read_chunks(at, SLOT, AREA, at.shape[1] // 64, 64 * _ROWS, gl.int8)
+    right = read_chunks(at, SLOT, AREA, at.shape[1] // 64, STRIDE, gl.int8)
     r = mma_v2(weights[0], right, zeros)
     n = mma_v2(weights[2], right, zeros)
     z = mma_v2(weights[1], right, zeros)
     if last_n is not None:
         wait_for_round(base, count, SLOT + 1, AREA)
-        right = read_chunks(at, SLOT + 1, AREA, at.shape[1] // 64, 64 * _ROWS, gl.int8)
+        right = read_chunks(at, SLOT + 1, AREA, at.shape[1] // 64, STRIDE, gl.int8)
         r = mma_v2(last[0], right, r)
         n = mma_v2(last_n.load(gl.DotOperandLayout(0, PRODUCT, 4)), right, n)
         z = mma_v2(last[1], right, z)
@@ -84,7 +85,7 @@ def _bytes(h, inv_scale, low, high):
 def _forward(
     gi, h0, mask, states, gates, weight, scale, bias, h_grid, state_grid, T, B,
     H: gl.constexpr, SIZE: gl.constexpr, PROGRAMS: gl.constexpr, CHANNELS: gl.constexpr, TILES: gl.constexpr,
-    STAGES: gl.constexpr, STATE_N: gl.constexpr, REVERSE: gl.constexpr,
+    SENT: gl.constexpr, STAGES: gl.constexpr, STATE_N: gl.constexpr, REVERSE: gl.constexpr,
 ):  # fmt: skip
     """Program (p, j, k): slice p of block k, of rows j * TILES * ROWS and on. The rest is as in the fp16 kernel."""
     SUMS: gl.constexpr = sum_layout(CHANNELS)
@@ -92,7 +93,7 @@ def _forward(
     PARTS: gl.constexpr = splits(CHANNELS)
     BLOCK: gl.constexpr = PROGRAMS * CHANNELS
     PIECES: gl.constexpr = BLOCK // _PIECE
-    AREA: gl.constexpr = _area(PIECES, TILES)
+    AREA: gl.constexpr = _area(PIECES, TILES, SENT)
     gl.static_assert(TILES % 2 == 1 and STAGES % 2 == 0, "turns alternate between two sets of memory, whatever the step")
     TILE: gl.constexpr = _ROWS * H
     SLOTS: gl.constexpr = STAGES * TILES
@@ -162,20 +163,23 @@ def _forward(
         gi_p += step * 3
 
     base = open_exchange(AREA, PROGRAMS)
-    states_at = base + operand_at(CHANNELS)
+    states_at = base + operand_at(CHANNELS, SENT)
     # For the programs of its own piece, which come first, a program is of the first piece; of the second for others.
     rank = gl.arange(0, PROGRAMS, layout=gl.SliceLayout(1, gl.SliceLayout(2, SEND)))[:, None, None]
     chunk_row = gl.arange(0, _ROWS, layout=gl.SliceLayout(0, gl.SliceLayout(2, SEND)))[None, :, None]
     chunk = gl.arange(0, CHANNELS, layout=gl.SliceLayout(0, gl.SliceLayout(1, SEND)))[None, None, :] >> 4
     SENDERS: gl.constexpr = _PIECE // CHANNELS
     piece = rank // SENDERS
-    place = (piece * SENDERS + part % SENDERS) * (CHANNELS * _ROWS) + chunk_row * CHANNELS + chunk * 16
+    place = (piece * SENDERS + part % SENDERS) * (CHANNELS * SENT) + chunk_row * CHANNELS + chunk * 16
     area = area_of((rank ^ (part & -SENDERS)) + place * 0, base)
     to = area + place
     area += piece * 8
+    chosen = None
+    if SENT < _ROWS:
+        chosen = (chunk_row < SENT).to(gl.int32) + area * 0
     for k in gl.static_range(TILES):
         memory[k % 2][1].permute([1, 0]).store(_bytes(h[k], h_inv, h_low, h_high))
-        send(memory[k % 2][1], area, to, 2 * PIECES * k, AREA, SEND)
+        send(memory[k % 2][1], area, to, 2 * PIECES * k, AREA, SEND, chosen)
     if TILES > 1:
         keep(_multiply(base, 0, states_at, weights, last, last_n, 0, AREA), memory[0][0])
         wait_for_copies(AHEAD - 1)
@@ -220,7 +224,7 @@ def _forward(
                 if TILES > 1:
                     keep(product, next_memory[0])
                     wait_for_copies(AHEAD - 1)
-                send(own_state, area, to, PIECES * (2 * k + 1 - u), AREA, SEND)
+                send(own_state, area, to, PIECES * (2 * k + 1 - u), AREA, SEND, chosen)
                 if TILES == 1:
                     fetch_inputs(next_memory[2], (free + k) // 2, gi_p + 3 * k * TILE + lines, wanted)
                 gl.store(out_p + k * TILE + offset, new.to(states.dtype.element_ty), mask=here)
@@ -247,6 +251,7 @@ def call(
     steps, rows, _, hidden = gi.shape
     pieces = weights.weight.shape[3]
     tiles = tiles_of_cluster(rows, weights.blocks, weights.programs, gi.device, _DURATIONS[pieces])
+    sent = rows_sent(rows)
     return ClusterCall(
         kernel=_forward,
         grid=(1, cdiv(rows, tiles * ROWS), weights.blocks),
@@ -258,6 +263,7 @@ def call(
             "PROGRAMS": weights.programs,
             "CHANNELS": weights.channels,
             "TILES": tiles,
+            "SENT": sent,
             "STAGES": STAGES,
             "STATE_N": grid_size(weights.state_grid),
             "REVERSE": reverse,
@@ -265,5 +271,5 @@ def call(
         warps=WARPS,
         portable=True,
         cluster=weights.programs,
-        exchange=area_bytes(_area(pieces, tiles)),
+        exchange=area_bytes(_area(pieces, tiles, sent)),
     )

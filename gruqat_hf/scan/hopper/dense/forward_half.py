@@ -20,7 +20,6 @@ from . import STAGES
 from .layouts import (
     CHANNELS,
     ROWS,
-    SLICE_BYTES,
     WARPS,
     load_weights,
     operand_place,
@@ -31,27 +30,26 @@ from .layouts import (
     sum_memory,
 )
 from .tiles import fetch_inputs, keep, lines_of_slot, load_gates, read_gate, send, store_gates, summed, turn_memory
-from .turns import tiles_of_cluster
+from .turns import rows_sent, tiles_of_cluster
 from .weights import HalfWeights
 
 #: Of a step of one tile, and of three.
 _DURATIONS = {1: 1.0, 3: 1.75}
 _CHANNELS = gl.constexpr(CHANNELS)
 _ROWS = gl.constexpr(ROWS)
-_SLICE_BYTES = gl.constexpr(SLICE_BYTES)
 
 
 @constexpr_function
-def _area(PROGRAMS, TILES):
+def _area(PROGRAMS, TILES, SENT):
     """The exchange's: of each tile's states, twice."""
-    return area_shape((PROGRAMS * SLICE_BYTES,), 2 * TILES)
+    return area_shape((PROGRAMS * CHANNELS * SENT * 2,), 2 * TILES)
 
 
 @jit
 def _multiply(base, count, at, w_r, w_z, w_n, SLOT: gl.constexpr, AREA: gl.constexpr):
     """The parts of the three gates' products that warps compute, when a slot's ``count``-th states have come."""
     wait_for_round(base, count, SLOT, AREA)
-    right = read_chunks(at, SLOT, AREA, at.shape[1] // 32, _SLICE_BYTES)
+    right = read_chunks(at, SLOT, AREA, at.shape[1] // 32, AREA[0] // (at.shape[0] * at.shape[1] // _CHANNELS))
     zeros = gl.full([at.shape[0], _CHANNELS, _ROWS], 0.0, gl.float32, layout=product_layout(at.shape[0]))
     return mma_v2(w_r, right, zeros), mma_v2(w_z, right, zeros), mma_v2(w_n, right, zeros)
 
@@ -59,8 +57,8 @@ def _multiply(base, count, at, w_r, w_z, w_n, SLOT: gl.constexpr, AREA: gl.const
 @jit(do_not_specialize=["T", "B"])
 def _forward(
     gi, h0, mask, states, gates, weight, scale, bias, h_grid, state_grid, T, B,
-    H: gl.constexpr, SIZE: gl.constexpr, PROGRAMS: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr,
-    STATE_N: gl.constexpr, REVERSE: gl.constexpr, PORTABLE: gl.constexpr,
+    H: gl.constexpr, SIZE: gl.constexpr, PROGRAMS: gl.constexpr, TILES: gl.constexpr, SENT: gl.constexpr,
+    STAGES: gl.constexpr, STATE_N: gl.constexpr, REVERSE: gl.constexpr, PORTABLE: gl.constexpr,
 ):  # fmt: skip
     """Program (p, j, k): slice p of block k, of rows j * TILES * ROWS and on. Other parameters as in the block-diagonal kernel.
 
@@ -72,7 +70,7 @@ def _forward(
     PARTS: gl.constexpr = parts_of(BLOCK)
     SUMS: gl.constexpr = sum_layout(PARTS)
     GATES: gl.constexpr = gl.SliceLayout(0, SUMS)
-    AREA: gl.constexpr = _area(PROGRAMS, TILES)
+    AREA: gl.constexpr = _area(PROGRAMS, TILES, SENT)
     gl.static_assert(TILES % 2 == 1 and STAGES % 2 == 0, "turns alternate between two sets of memory, whatever the step")
     TILE: gl.constexpr = _ROWS * H
     SLOTS: gl.constexpr = STAGES * TILES
@@ -134,17 +132,20 @@ def _forward(
         gi_p += step * 3
 
     base = open_exchange(AREA, PROGRAMS)
-    operand_at = base + operand_place(BLOCK)
+    operand_at = base + operand_place(BLOCK, SENT)
     rank = gl.arange(0, PROGRAMS, layout=gl.SliceLayout(1, gl.SliceLayout(2, SEND)))[:, None, None]
     chunk_row = gl.arange(0, _ROWS, layout=gl.SliceLayout(0, gl.SliceLayout(2, SEND)))[None, :, None]
     chunk = gl.arange(0, _CHANNELS, layout=gl.SliceLayout(0, gl.SliceLayout(1, SEND)))[None, None, :] >> 3
-    place = part * _SLICE_BYTES + chunk_row * (_CHANNELS * 2) + chunk * 16
+    place = part * (_CHANNELS * SENT * 2) + chunk_row * (_CHANNELS * 2) + chunk * 16
     area = area_of(rank + place * 0, base)
     to = area + place
+    chosen = None
+    if SENT < _ROWS:
+        chosen = (chunk_row < SENT).to(gl.int32) + area * 0
     for k in gl.static_range(TILES):
         x = codes(h[k], h_inv, h_low, h_high) if PORTABLE else h[k]
         memory[k % 2][1].permute([1, 0]).store(x.to(gl.float16))
-        send(memory[k % 2][1], area, to, 2 * k, AREA, SEND)
+        send(memory[k % 2][1], area, to, 2 * k, AREA, SEND, chosen)
     if TILES > 1:
         keep(_multiply(base, 0, operand_at, w_r, w_z, w_n, 0, AREA), memory[0][0])
         wait_for_copies(AHEAD - 1)
@@ -194,7 +195,7 @@ def _forward(
                 if TILES > 1:
                     keep(product, next_memory[0])
                     wait_for_copies(AHEAD - 1)
-                send(own_state, area, to, 2 * k + 1 - u, AREA, SEND)
+                send(own_state, area, to, 2 * k + 1 - u, AREA, SEND, chosen)
                 if TILES == 1:
                     fetch_inputs(next_memory[2], (free + k) // 2, gi_p + 3 * k * TILE + lines, wanted)
                 gl.store(out_p + k * TILE + offset, new.to(states.dtype.element_ty), mask=here)
@@ -219,6 +220,7 @@ def call(
     """The launch that fills ``states``, and ``gates`` if given."""
     steps, rows, _, hidden = gi.shape
     tiles = tiles_of_cluster(rows, weights.blocks, weights.programs, gi.device, _DURATIONS)
+    sent = rows_sent(rows)
     return ClusterCall(
         kernel=_forward,
         grid=(1, cdiv(rows, tiles * ROWS), weights.blocks),
@@ -229,6 +231,7 @@ def call(
             "SIZE": weights.size,
             "PROGRAMS": weights.programs,
             "TILES": tiles,
+            "SENT": sent,
             "STAGES": STAGES,
             "STATE_N": grid_size(weights.state_grid),
             "REVERSE": reverse,
@@ -237,5 +240,5 @@ def call(
         warps=WARPS,
         portable=weights.quantized,
         cluster=weights.programs,
-        exchange=area_bytes(_area(weights.programs, tiles)),
+        exchange=area_bytes(_area(weights.programs, tiles, sent)),
     )

@@ -48,11 +48,11 @@ def summed(parts, SUMS: gl.constexpr):
 
 
 @jit
-def send(own, area, to, SLOT: gl.constexpr, AREA: gl.constexpr, SEND: gl.constexpr):
-    """A program's slice of the state to all programs, itself as well."""
+def send(own, area, to, SLOT: gl.constexpr, AREA: gl.constexpr, SEND: gl.constexpr, chosen=None):
+    """A program's slice of the state to all programs, itself as well; of it what is ``chosen``, unless that is None."""
     chunk = gl.expand_dims(own.load(gl.SliceLayout(0, SEND)), 0)
     chunk, _ = gl.broadcast(chunk, area)
-    send_chunks(chunk, area, to, SLOT, AREA)
+    send_chunks(chunk, area, to, SLOT, AREA, chosen)
 
 
 # Inputs come through a ring of slots ``[4 * ROWS, CHANNELS]``: lines of r, z, n, and a quarter that no one reads.

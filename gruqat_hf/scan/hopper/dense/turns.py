@@ -1,4 +1,4 @@
-"""How many tiles of rows take turns in a cluster.
+"""How many tiles of rows take turns in a cluster, and how many rows of them are sent.
 
 A step of one tile is half waiting for what the others send. Three that take turns do not wait for it, and take less than twice as
 long as one. That pays where tiles are more than clusters run at once, and others would have to wait for a second wave.
@@ -10,9 +10,14 @@ from collections.abc import Mapping
 
 import torch
 
-from ...triton.exchange_plan import cdiv
+from ...triton.exchange_plan import cdiv, power_of_two
 from ..cluster import clusters_at_once
 from .layouts import ROWS
+
+
+def rows_sent(rows: int) -> int:
+    """How many rows of a tile programs send one another, a power of two: fewer than it has, where a batch has no more."""
+    return min(ROWS, power_of_two(rows))
 
 
 def tiles_of_cluster(rows: int, blocks: int, programs: int, device: torch.device, durations: Mapping[int, float]) -> int:
