@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from kernel_helpers import Case, Run, check_against_reference, matmul_precision, skip_unless_hopper
+from kernel_helpers import Case, Run, check_against_reference, distance, matmul_precision, skip_unless_hopper
 
 from gruqat_hf.scan.triton.device import DeviceFacts
 
@@ -25,6 +25,19 @@ def test_launches_choose_what_is_done_first(monkeypatch, rows, blocks, programs,
     turns = pytest.importorskip("gruqat_hf.scan.hopper.dense.turns")
     monkeypatch.setattr(turns, "clusters_at_once", lambda size, index: {16: 7, 8: 15}[size])
     assert turns.tiles_of_cluster(rows, blocks, programs, torch.device("cpu"), {1: 1.0, 3: 1.75}) == tiles
+
+
+@pytest.mark.parametrize(
+    "rows, blocks, programs, least, taken",
+    [
+        *((1, 1, 16, 1, 1), (7, 1, 16, 1, 1), (8, 1, 16, 1, 2), (15, 1, 16, 1, 4), (28, 1, 16, 1, 4), (29, 1, 16, 1, 8)),
+        *((1, 1, 16, 2, 2), (14, 1, 16, 2, 2), (7, 2, 8, 1, 1), (8, 2, 8, 1, 2), (1, 9, 16, 1, 8), (1000, 1, 16, 1, 8)),
+    ],
+)
+def test_small_batches_are_spread_over_clusters(monkeypatch, rows, blocks, programs, least, taken):
+    turns = pytest.importorskip("gruqat_hf.scan.hopper.dense.turns")
+    monkeypatch.setattr(turns, "clusters_at_once", lambda size, index: {16: 7, 8: 15}[size])
+    assert turns.rows_of_tile(rows, blocks, programs, torch.device("cpu"), least) == taken
 
 
 def test_a_smaller_gpu_than_a_program_was_exported_for_is_named(monkeypatch):
@@ -67,7 +80,7 @@ def tiles(request, monkeypatch) -> int:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", [1, 2, 3, 9, 33, 150])
+@pytest.mark.parametrize("rows", [1, 3, 6, 9, 20, 33, 150])
 @pytest.mark.parametrize("size", [200, 512])
 @pytest.mark.parametrize("changes", [{}, {"masked": True, "reverse": True, "bias": False}], ids=["plain", "masked"])
 def test_states_and_gradients(tiles, size, rows, changes):
@@ -78,7 +91,7 @@ def test_states_and_gradients(tiles, size, rows, changes):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", [1, 2, 3, 25])
+@pytest.mark.parametrize("rows", [1, 6, 13, 25, 33])
 def test_blocks_of_8_bit_codes(tiles, rows):
     case = Case(19, rows, 1, 1000, quantized=True, masked=True)
     check_against_reference("hopper_dense", case.inputs("dense", CUDA), 0.0, 1e-3)
@@ -100,9 +113,23 @@ def test_a_rows_bits_are_its_own(monkeypatch, tiles, quantized):
         with monkeypatch.context() as patch:
             choose_tiles(patch, 4 - tiles)
             assert torch.equal(Run.of("hopper_dense", inputs).states, run.states)
-        for rows in (slice(0, 8), slice(13, 40), slice(64, 70), slice(5, 6), slice(20, 22), slice(30, 33)):
+        for rows in (slice(0, 8), slice(13, 40), slice(64, 70), slice(5, 6), slice(20, 22), slice(30, 33), slice(50, 63)):
             some = replace(inputs, gi=inputs.gi[:, rows].contiguous(), h0=inputs.h0[rows].contiguous())
             part = Run.of("hopper_dense", some)
             assert torch.equal(part.states, run.states[:, rows])
             alone = part.backward(dstates[:, rows].contiguous(), dstates[0, rows].contiguous())
             assert torch.equal(alone.dgi, found.dgi[:, rows]) and torch.equal(alone.dh0, found.dh0[rows])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows, size", [(1, 512), (3, 512), (2, 200), (1, 1024)])
+def test_rows_that_are_none_leave_sums_alone(rows, size):
+    """Programs have tiles of 8 rows, of which others hear no more than there are; however long a sequence is."""
+    skip_unless_hopper()
+    with matmul_precision("high"):
+        run = Run.of("hopper_dense", Case(5000, rows, 1, size).inputs("dense", CUDA))
+        dstates = torch.randn_like(run.states)
+        found = run.backward(dstates, dstates[0], want_weights=True)
+    hidden = torch.cat([found.dgi[:, :, :2], found.dgh_n[:, :, None]], dim=2)
+    for bias, gradient in ((found.dbias, hidden), (found.dbias_input, found.dgi)):
+        assert distance(bias, gradient.double().sum((0, 1))) <= 1e-5

@@ -27,7 +27,7 @@ from . import LARGEST_HALF, RESCALE, STAGES, backward_wide
 from .layouts import CHANNELS, ROWS, WARPS, part_layout, parts_layout
 from .maxima import hear_largest, maxima_bytes, tell_largest
 from .results import Gradients, room_for_sums, store_step, store_sums
-from .turns import rows_sent
+from .turns import rows_of_tile
 from .weights import BackwardWeights
 from .weights import backward_weights as prepare
 
@@ -38,9 +38,9 @@ _ROWS = gl.constexpr(ROWS)
 
 
 @constexpr_function
-def _area(PROGRAMS, SENT):
+def _area(PROGRAMS, TAKEN):
     """The exchange's: of all programs' parts, twice, and of maxima."""
-    return area_shape((PROGRAMS * CHANNELS * SENT * 2,), 2, maxima_bytes(PROGRAMS, ROWS, WARPS))
+    return area_shape((PROGRAMS * CHANNELS * TAKEN * 2,), 2, maxima_bytes(PROGRAMS, ROWS, WARPS))
 
 
 @jit
@@ -55,10 +55,10 @@ def _load_weights(weight, BLOCK: gl.constexpr):
 @jit(do_not_specialize=["T", "B"])
 def _backward(
     h0, mask, states, gates, dstates, dlast, dgi, dgh_n, dh0, adjoint, sums, largest_gradient, weight, h_grid, T, B,
-    H: gl.constexpr, SIZE: gl.constexpr, PROGRAMS: gl.constexpr, SENT: gl.constexpr, STAGES: gl.constexpr,
+    H: gl.constexpr, SIZE: gl.constexpr, PROGRAMS: gl.constexpr, TAKEN: gl.constexpr, STAGES: gl.constexpr,
     RESCALE: gl.constexpr, CLIPPED: gl.constexpr, REVERSE: gl.constexpr,
 ):  # fmt: skip
-    """Program (p, j, k): slice p of block k, of rows j * ROWS and on. Other parameters as in the block-diagonal kernel;
+    """Program (p, j, k): slice p of block k, of rows j * TAKEN and on. Other parameters as in the block-diagonal kernel;
     ``largest_gradient`` ``[2, B]`` is that of each row of dstates, then of dlast.
 
     Steps go in pairs, each with shared memory and a slot of its own, as in the forward kernel. A step's parts count in the next.
@@ -68,13 +68,14 @@ def _backward(
     PRODUCT: gl.constexpr = part_layout()
     RIGHT: gl.constexpr = gl.DotOperandLayout(1, PRODUCT, 2)
     BLOCK: gl.constexpr = PROGRAMS * _CHANNELS
-    AREA: gl.constexpr = _area(PROGRAMS, SENT)
-    PART: gl.constexpr = _CHANNELS * SENT * 2
-    PAIRS: gl.constexpr = SENT // 2
+    AREA: gl.constexpr = _area(PROGRAMS, TAKEN)
+    PART: gl.constexpr = _CHANNELS * TAKEN * 2
+    PAIRS: gl.constexpr = TAKEN // 2
     SLOTS: gl.constexpr = STAGES // 2
     REPEATS: gl.constexpr = BLOCK // 256
     part = gl.program_id(0)
-    first_row = gl.program_id(1) * _ROWS
+    first_row = gl.program_id(1) * TAKEN
+    end = B if TAKEN == _ROWS else gl.minimum(B, first_row + TAKEN)
     block = gl.program_id(2)
     first_channel = block * SIZE + part * _CHANNELS
     channels = gl.minimum(SIZE - part * _CHANNELS, _CHANNELS)
@@ -95,22 +96,22 @@ def _backward(
     sign: gl.constexpr = 1 if REVERSE else -1
     start = gl.to_tensor(0).to(gl.int64) if REVERSE else (T - 1).to(gl.int64)
     step = row * sign
-    inside = (s < channels)[:, None] & (b < B)[None, :]
+    inside = (s < channels)[:, None] & (b < end)[None, :]
     offset = b[None, :] * H + c[:, None]
     wide = b[None, :] * (3 * H) + c[:, None]
     initial = gl.load(h0 + offset, mask=inside, other=0.0).to(gl.float32)
     at = start * row
     if mask is not None:
         mask_p = mask + start * B + b
-    peak = gl.load(largest_gradient + b, mask=b < B, other=0.0)
-    up, down = powers(gl.maximum(peak, gl.load(largest_gradient + B + b, mask=b < B, other=0.0)), 0)
+    peak = gl.load(largest_gradient + b, mask=b < end, other=0.0)
+    up, down = powers(gl.maximum(peak, gl.load(largest_gradient + B + b, mask=b < end, other=0.0)), 0)
 
     even = rings(gates.dtype.element_ty, states.dtype.element_ty, SLOTS, _CHANNELS, _ROWS)
     odd = rings(gates.dtype.element_ty, states.dtype.element_ty, SLOTS, _CHANNELS, _ROWS)
     ahead = at
     for i in gl.static_range(STAGES):
         going = even if i % 2 == 0 else odd
-        fetch_step(going, i // 2, gates, dstates, states, ahead, step, first_row, first_channel, channels, i, T, B, H)
+        fetch_step(going, i // 2, gates, dstates, states, ahead, step, first_row, first_channel, channels, i, T, end, H)
         ahead += step
     x_even = operands(_CHANNELS)
     x_odd = operands(_CHANNELS)
@@ -128,8 +129,8 @@ def _backward(
     area = area_of(((m >> 4) & 7) * REPEATS + (m >> 8) + column * 0, base)
     to = area + part * PART + ((m & 7) * PAIRS + (column >> 1)) * 16
     chosen = None
-    if SENT < _ROWS:
-        chosen = (column < SENT).to(gl.int32) + area * 0
+    if TAKEN < _ROWS:
+        chosen = (column < TAKEN).to(gl.int32) + area * 0
     program = gl.arange(0, PROGRAMS, layout=gl.SliceLayout(1, gl.SliceLayout(2, PARTS)))[:, None, None]
     mine = gl.arange(0, _CHANNELS, layout=gl.SliceLayout(0, gl.SliceLayout(2, PARTS)))[None, :, None]
     mine_row = gl.arange(0, _ROWS, layout=gl.SliceLayout(0, gl.SliceLayout(1, PARTS)))[None, None, :]
@@ -149,13 +150,13 @@ def _backward(
             h = gl.where(i + u + 1 == T, initial, read(going[2], slot, GATES).to(gl.float32))
             runs = inside & (i + u < T)
             if mask is not None:
-                runs = runs & (gl.load(mask_p, mask=(b < B) & (i + u < T), other=0) != 0)[None, :]
+                runs = runs & (gl.load(mask_p, mask=(b < end) & (i + u < T), other=0) != 0)[None, :]
                 mask_p += sign * B
             c_r, c_z, c_hn, c_n, direct = coefficients(read(going[0], slot, GATES), h, runs, CLIPPED)
             d = read(going[1], slot, GATES).to(gl.float32)
             wait_for_round(base, i // 2, u, AREA)
             came = gl.sum(read_halves(parts_at, u, AREA).to(gl.float32), axis=0)
-            if SENT < _ROWS:
+            if TAKEN < _ROWS:
                 came = gl.where(inside, came, 0.0)
             carry = came * weighted + passed
 
@@ -183,7 +184,7 @@ def _backward(
 
             # While parts are on their way.
             fetch_step(
-                going, slot, gates, dstates, states, ahead, step, first_row, first_channel, channels, i + u + STAGES, T, B, H
+                going, slot, gates, dstates, states, ahead, step, first_row, first_channel, channels, i + u + STAGES, T, end, H
             )
             ahead += step
             here = inside & (i + u < T)
@@ -230,21 +231,22 @@ def backward(
         return backward_wide.backward(prepared, gi, h0, states, gates, mask, reverse, dstates, dlast, want_adjoint, want_weights)
     assert prepared.weight is not None
     steps, rows, _, hidden = gi.shape
-    programs, tiles = prepared.weight.shape[2], cdiv(rows, ROWS)
+    programs, blocks = prepared.weight.shape[2], hidden // prepared.size
+    taken = rows_of_tile(rows, blocks, programs, gi.device, least=2)  # what is sent in one piece has values of two rows
+    tiles = cdiv(rows, taken)
     dgi, dgh_n, dh0, adjoint = Gradients.like(gi, h0, want_adjoint)
-    sums = room_for_sums(gi)
+    sums = room_for_sums(gi, tiles)
     largest = largest_magnitudes(dstates, dlast)
-    sent = max(2, rows_sent(rows))  # a chunk has values of two rows
     ClusterCall(
         kernel=_backward,
-        grid=(1, tiles, hidden // prepared.size),
+        grid=(1, tiles, blocks),
         io=(h0, mask, aligned(states), packed(aligned(gates)), aligned(dstates), dlast, dgi, dgh_n, dh0, adjoint, sums),
         static=(largest, prepared.weight, prepared.h_grid, steps, rows),
         constants={
             "H": hidden,
             "SIZE": prepared.size,
             "PROGRAMS": programs,
-            "SENT": sent,
+            "TAKEN": taken,
             "STAGES": STAGES,
             "RESCALE": RESCALE,
             "CLIPPED": prepared.clipped,
@@ -252,7 +254,7 @@ def backward(
         },
         warps=WARPS,
         cluster=programs,
-        exchange=area_bytes(_area(programs, sent)),
+        exchange=area_bytes(_area(programs, taken)),
     ).run()
     dbias, dbias_input = sums.sum(1).split(3)
     return ScanGradients(dgi, dh0, dgh_n, adjoint, dbias=dbias if want_weights else None, dbias_input=dbias_input)

@@ -224,7 +224,7 @@ def backward(
         out = found.dgi[at], found.dgh_n[at], found.dh0 if before is None else carry
         saved = initial, None if mask is None else mask[at], aligned(states[at]), packed(aligned(gates[at])), aligned(dstates[at])
         adjoint = None if found.adjoint is None else found.adjoint[at]
-        sums.append(room_for_sums(gi))
+        sums.append(room_for_sums(gi, cdiv(gi.shape[1], ROWS)))
         largest = largest_magnitudes(saved[-1], dlast)
         for wave in waves(gi.shape[1], gi.shape[3] // prepared.size, gi.device):
             _launch(prepared, (*saved, dlast, *out, adjoint, sums[-1]), largest, wave, reverse)

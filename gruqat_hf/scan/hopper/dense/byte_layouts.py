@@ -81,8 +81,8 @@ def by_channels(product):
 
 
 @jit
-def operand_at(CHANNELS: gl.constexpr, SENT: gl.constexpr):
-    """Where in a piece the first chunk of a thread's part of a product's right side lies. SENT: the rows that programs send;
+def operand_at(CHANNELS: gl.constexpr, TAKEN: gl.constexpr):
+    """Where in a piece the first chunk of a thread's part of a product's right side lies. TAKEN: the rows that programs send;
     others get one of these."""
     PARTS: gl.constexpr = splits(CHANNELS)
     RIGHT: gl.constexpr = gl.DotOperandLayout(1, product_layout(CHANNELS), 4)
@@ -90,8 +90,8 @@ def operand_at(CHANNELS: gl.constexpr, SENT: gl.constexpr):
     k = gl.arange(0, _PIECE // PARTS, layout=gl.SliceLayout(0, gl.SliceLayout(2, RIGHT)))[None, :, None]
     row = gl.arange(0, _ROWS, layout=gl.SliceLayout(0, gl.SliceLayout(1, RIGHT)))[None, None, :]
     channel = ((k >> 2) & 3) * 16
-    first = part * (_PIECE // PARTS * SENT) + channel // CHANNELS * (CHANNELS * SENT)
-    return first + row % SENT * CHANNELS + channel % CHANNELS
+    first = part * (_PIECE // PARTS * TAKEN) + channel // CHANNELS * (CHANNELS * TAKEN)
+    return first + row % TAKEN * CHANNELS + channel % CHANNELS
 
 
 @jit

@@ -33,7 +33,7 @@ from .byte_layouts import (
     weight_memory,
 )
 from .tiles import fetch_inputs, keep, lines_of_slot, load_gates, read_gate, send, store_gates, summed, turn_memory
-from .turns import rows_sent, tiles_of_cluster
+from .turns import rows_of_tile, tiles_of_cluster
 from .weights import ByteWeights
 
 #: Of a step of one tile, and of three; by the pieces of a block.
@@ -45,9 +45,9 @@ _ROUNDER = gl.constexpr(12582912.0)
 
 
 @constexpr_function
-def _area(PIECES, TILES, SENT):
+def _area(PIECES, TILES, TAKEN):
     """The exchange's: the pieces of each tile's states, twice."""
-    return area_shape((PIECE * SENT,), 2 * PIECES * TILES)
+    return area_shape((PIECE * TAKEN,), 2 * PIECES * TILES)
 
 
 @jit
@@ -85,23 +85,25 @@ def _bytes(h, inv_scale, low, high):
 def _forward(
     gi, h0, mask, states, gates, weight, scale, bias, h_grid, state_grid, T, B,
     H: gl.constexpr, SIZE: gl.constexpr, PROGRAMS: gl.constexpr, CHANNELS: gl.constexpr, TILES: gl.constexpr,
-    SENT: gl.constexpr, STAGES: gl.constexpr, STATE_N: gl.constexpr, REVERSE: gl.constexpr,
+    TAKEN: gl.constexpr, STAGES: gl.constexpr, STATE_N: gl.constexpr, REVERSE: gl.constexpr,
 ):  # fmt: skip
-    """Program (p, j, k): slice p of block k, of rows j * TILES * ROWS and on. The rest is as in the fp16 kernel."""
+    """Program (p, j, k): slice p of block k, of rows j * TILES * TAKEN and on. The rest is as in the fp16 kernel."""
     SUMS: gl.constexpr = sum_layout(CHANNELS)
     GATES: gl.constexpr = gl.SliceLayout(0, SUMS)
     PARTS: gl.constexpr = splits(CHANNELS)
     BLOCK: gl.constexpr = PROGRAMS * CHANNELS
     PIECES: gl.constexpr = BLOCK // _PIECE
-    AREA: gl.constexpr = _area(PIECES, TILES, SENT)
+    AREA: gl.constexpr = _area(PIECES, TILES, TAKEN)
     gl.static_assert(TILES % 2 == 1 and STAGES % 2 == 0, "turns alternate between two sets of memory, whatever the step")
+    gl.static_assert(TILES == 1 or TAKEN == _ROWS)
     TILE: gl.constexpr = _ROWS * H
     SLOTS: gl.constexpr = STAGES * TILES
     AHEAD: gl.constexpr = (STAGES - 1) * TILES
     SEND: gl.constexpr = send_layout(PROGRAMS, CHANNELS)
     COPY: gl.constexpr = copy_layout(CHANNELS, gi.dtype.element_ty.primitive_bitwidth // 8, 8)
     part = gl.program_id(0)
-    first_row = gl.program_id(1) * (TILES * _ROWS)
+    first_row = gl.program_id(1) * (TILES * TAKEN)
+    end = B if TAKEN == _ROWS else gl.minimum(B, first_row + TAKEN)
     block = gl.program_id(2)
 
     tile = weight + (block * PROGRAMS + part) * (CHANNELS * BLOCK)
@@ -137,7 +139,7 @@ def _forward(
     h = ()
     inside = ()
     for k in gl.static_range(TILES):
-        inside = inside + (own[:, None] & (b + k * _ROWS < B)[None, :],)
+        inside = inside + (own[:, None] & (b + k * _ROWS < end)[None, :],)
         h = h + (gl.load(h0 + k * TILE + offset, mask=inside[k], other=0.0).to(gl.float32),)
     out_p = states + start * row
     if gates is not None:
@@ -154,7 +156,7 @@ def _forward(
         turn_memory(gl.int32, [PARTS, CHANNELS, _ROWS], sum_memory(), gl.int8, INPUT, RING, SLOTS // 2),
         turn_memory(gl.int32, [PARTS, CHANNELS, _ROWS], sum_memory(), gl.int8, INPUT, RING, SLOTS // 2),
     )
-    lines, present = lines_of_slot(memory[0][2], block, part, first_row, B, H, SIZE, COPY, TILES)
+    lines, present = lines_of_slot(memory[0][2], block, part, first_row, end, H, SIZE, COPY, TILES)
     gi_p = gi + start * row * 3
     for i in gl.static_range(STAGES - 1):
         for k in gl.static_range(TILES):
@@ -163,20 +165,20 @@ def _forward(
         gi_p += step * 3
 
     base = open_exchange(AREA, PROGRAMS)
-    states_at = base + operand_at(CHANNELS, SENT)
+    states_at = base + operand_at(CHANNELS, TAKEN)
     # For the programs of its own piece, which come first, a program is of the first piece; of the second for others.
     rank = gl.arange(0, PROGRAMS, layout=gl.SliceLayout(1, gl.SliceLayout(2, SEND)))[:, None, None]
     chunk_row = gl.arange(0, _ROWS, layout=gl.SliceLayout(0, gl.SliceLayout(2, SEND)))[None, :, None]
     chunk = gl.arange(0, CHANNELS, layout=gl.SliceLayout(0, gl.SliceLayout(1, SEND)))[None, None, :] >> 4
     SENDERS: gl.constexpr = _PIECE // CHANNELS
     piece = rank // SENDERS
-    place = (piece * SENDERS + part % SENDERS) * (CHANNELS * SENT) + chunk_row * CHANNELS + chunk * 16
+    place = (piece * SENDERS + part % SENDERS) * (CHANNELS * TAKEN) + chunk_row * CHANNELS + chunk * 16
     area = area_of((rank ^ (part & -SENDERS)) + place * 0, base)
     to = area + place
     area += piece * 8
     chosen = None
-    if SENT < _ROWS:
-        chosen = (chunk_row < SENT).to(gl.int32) + area * 0
+    if TAKEN < _ROWS:
+        chosen = (chunk_row < TAKEN).to(gl.int32) + area * 0
     for k in gl.static_range(TILES):
         memory[k % 2][1].permute([1, 0]).store(_bytes(h[k], h_inv, h_low, h_high))
         send(memory[k % 2][1], area, to, 2 * PIECES * k, AREA, SEND, chosen)
@@ -191,7 +193,7 @@ def _forward(
             following = ()
             for k in gl.static_range(TILES):
                 if mask is not None:
-                    real = gl.load(mask_p + k * _ROWS, mask=(b + k * _ROWS < B) & (t + u < T), other=0)
+                    real = gl.load(mask_p + k * _ROWS, mask=(b + k * _ROWS < end) & (t + u < T), other=0)
                 parts, own_state, ring = memory[(u * TILES + k) % 2]
                 next_memory = memory[(u * TILES + k + 1) % 2]
                 if TILES == 1:
@@ -251,10 +253,10 @@ def call(
     steps, rows, _, hidden = gi.shape
     pieces = weights.weight.shape[3]
     tiles = tiles_of_cluster(rows, weights.blocks, weights.programs, gi.device, _DURATIONS[pieces])
-    sent = rows_sent(rows)
+    taken = ROWS if tiles > 1 else rows_of_tile(rows, weights.blocks, weights.programs, gi.device)
     return ClusterCall(
         kernel=_forward,
-        grid=(1, cdiv(rows, tiles * ROWS), weights.blocks),
+        grid=(1, cdiv(rows, tiles * taken), weights.blocks),
         io=(gi, h0, mask, states, packed(gates)),
         static=(weights.weight, weights.scale, weights.bias, weights.h_grid, weights.state_grid, steps, rows),
         constants={
@@ -263,7 +265,7 @@ def call(
             "PROGRAMS": weights.programs,
             "CHANNELS": weights.channels,
             "TILES": tiles,
-            "SENT": sent,
+            "TAKEN": taken,
             "STAGES": STAGES,
             "STATE_N": grid_size(weights.state_grid),
             "REVERSE": reverse,
@@ -271,5 +273,5 @@ def call(
         warps=WARPS,
         portable=True,
         cluster=weights.programs,
-        exchange=area_bytes(_area(pieces, tiles, sent)),
+        exchange=area_bytes(_area(pieces, tiles, taken)),
     )

@@ -30,7 +30,7 @@ from .layouts import (
     sum_memory,
 )
 from .tiles import fetch_inputs, keep, lines_of_slot, load_gates, read_gate, send, store_gates, summed, turn_memory
-from .turns import rows_sent, tiles_of_cluster
+from .turns import rows_of_tile, tiles_of_cluster
 from .weights import HalfWeights
 
 #: Of a step of one tile, and of three.
@@ -40,9 +40,9 @@ _ROWS = gl.constexpr(ROWS)
 
 
 @constexpr_function
-def _area(PROGRAMS, TILES, SENT):
+def _area(PROGRAMS, TILES, TAKEN):
     """The exchange's: of each tile's states, twice."""
-    return area_shape((PROGRAMS * CHANNELS * SENT * 2,), 2 * TILES)
+    return area_shape((PROGRAMS * CHANNELS * TAKEN * 2,), 2 * TILES)
 
 
 @jit
@@ -57,11 +57,12 @@ def _multiply(base, count, at, w_r, w_z, w_n, SLOT: gl.constexpr, AREA: gl.const
 @jit(do_not_specialize=["T", "B"])
 def _forward(
     gi, h0, mask, states, gates, weight, scale, bias, h_grid, state_grid, T, B,
-    H: gl.constexpr, SIZE: gl.constexpr, PROGRAMS: gl.constexpr, TILES: gl.constexpr, SENT: gl.constexpr,
+    H: gl.constexpr, SIZE: gl.constexpr, PROGRAMS: gl.constexpr, TILES: gl.constexpr, TAKEN: gl.constexpr,
     STAGES: gl.constexpr, STATE_N: gl.constexpr, REVERSE: gl.constexpr, PORTABLE: gl.constexpr,
 ):  # fmt: skip
-    """Program (p, j, k): slice p of block k, of rows j * TILES * ROWS and on. Other parameters as in the block-diagonal kernel.
+    """Program (p, j, k): slice p of block k, of rows j * TILES * TAKEN and on. Other parameters as in the block-diagonal kernel.
 
+    TAKEN: rows of a tile, which has columns for ROWS; what those that are none compute is nobody's. Of several tiles all of them.
     TILES, an odd number: tiles of ROWS rows, which take turns within a step, so that one's states travel while others are
     computed; of several, a turn computes the next one's product beside its own gates. Steps go in pairs for the two slots of each
     tile's exchange; a last step that is none computes on zeros, and stores nothing.
@@ -70,15 +71,17 @@ def _forward(
     PARTS: gl.constexpr = parts_of(BLOCK)
     SUMS: gl.constexpr = sum_layout(PARTS)
     GATES: gl.constexpr = gl.SliceLayout(0, SUMS)
-    AREA: gl.constexpr = _area(PROGRAMS, TILES, SENT)
+    AREA: gl.constexpr = _area(PROGRAMS, TILES, TAKEN)
     gl.static_assert(TILES % 2 == 1 and STAGES % 2 == 0, "turns alternate between two sets of memory, whatever the step")
+    gl.static_assert(TILES == 1 or TAKEN == _ROWS)
     TILE: gl.constexpr = _ROWS * H
     SLOTS: gl.constexpr = STAGES * TILES
     AHEAD: gl.constexpr = (STAGES - 1) * TILES
     SEND: gl.constexpr = send_layout(PROGRAMS)
     COPY: gl.constexpr = copy_layout(_CHANNELS, gi.dtype.element_ty.primitive_bitwidth // 8, 8)
     part = gl.program_id(0)
-    first_row = gl.program_id(1) * (TILES * _ROWS)
+    first_row = gl.program_id(1) * (TILES * TAKEN)
+    end = B if TAKEN == _ROWS else gl.minimum(B, first_row + TAKEN)
     block = gl.program_id(2)
 
     tile = weight + (block * PROGRAMS + part) * (_CHANNELS * BLOCK)
@@ -106,7 +109,7 @@ def _forward(
     h = ()
     inside = ()
     for k in gl.static_range(TILES):
-        inside = inside + (own[:, None] & (b + k * _ROWS < B)[None, :],)
+        inside = inside + (own[:, None] & (b + k * _ROWS < end)[None, :],)
         h = h + (gl.load(h0 + k * TILE + offset, mask=inside[k], other=0.0).to(gl.float32),)
     out_p = states + start * row
     if gates is not None:
@@ -123,7 +126,7 @@ def _forward(
         turn_memory(gl.float32, PRODUCT, sum_memory(), gl.float16, INPUT, RING, SLOTS // 2),
         turn_memory(gl.float32, PRODUCT, sum_memory(), gl.float16, INPUT, RING, SLOTS // 2),
     )
-    lines, present = lines_of_slot(memory[0][2], block, part, first_row, B, H, SIZE, COPY, TILES)
+    lines, present = lines_of_slot(memory[0][2], block, part, first_row, end, H, SIZE, COPY, TILES)
     gi_p = gi + start * row * 3
     for i in gl.static_range(STAGES - 1):
         for k in gl.static_range(TILES):
@@ -132,16 +135,16 @@ def _forward(
         gi_p += step * 3
 
     base = open_exchange(AREA, PROGRAMS)
-    operand_at = base + operand_place(BLOCK, SENT)
+    operand_at = base + operand_place(BLOCK, TAKEN)
     rank = gl.arange(0, PROGRAMS, layout=gl.SliceLayout(1, gl.SliceLayout(2, SEND)))[:, None, None]
     chunk_row = gl.arange(0, _ROWS, layout=gl.SliceLayout(0, gl.SliceLayout(2, SEND)))[None, :, None]
     chunk = gl.arange(0, _CHANNELS, layout=gl.SliceLayout(0, gl.SliceLayout(1, SEND)))[None, None, :] >> 3
-    place = part * (_CHANNELS * SENT * 2) + chunk_row * (_CHANNELS * 2) + chunk * 16
+    place = part * (_CHANNELS * TAKEN * 2) + chunk_row * (_CHANNELS * 2) + chunk * 16
     area = area_of(rank + place * 0, base)
     to = area + place
     chosen = None
-    if SENT < _ROWS:
-        chosen = (chunk_row < SENT).to(gl.int32) + area * 0
+    if TAKEN < _ROWS:
+        chosen = (chunk_row < TAKEN).to(gl.int32) + area * 0
     for k in gl.static_range(TILES):
         x = codes(h[k], h_inv, h_low, h_high) if PORTABLE else h[k]
         memory[k % 2][1].permute([1, 0]).store(x.to(gl.float16))
@@ -157,7 +160,7 @@ def _forward(
             following = ()
             for k in gl.static_range(TILES):
                 if mask is not None:
-                    real = gl.load(mask_p + k * _ROWS, mask=(b + k * _ROWS < B) & (t + u < T), other=0)
+                    real = gl.load(mask_p + k * _ROWS, mask=(b + k * _ROWS < end) & (t + u < T), other=0)
                 parts, own_state, ring = memory[(u * TILES + k) % 2]
                 next_memory = memory[(u * TILES + k + 1) % 2]
                 if TILES == 1:
@@ -220,10 +223,10 @@ def call(
     """The launch that fills ``states``, and ``gates`` if given."""
     steps, rows, _, hidden = gi.shape
     tiles = tiles_of_cluster(rows, weights.blocks, weights.programs, gi.device, _DURATIONS)
-    sent = rows_sent(rows)
+    taken = ROWS if tiles > 1 else rows_of_tile(rows, weights.blocks, weights.programs, gi.device)
     return ClusterCall(
         kernel=_forward,
-        grid=(1, cdiv(rows, tiles * ROWS), weights.blocks),
+        grid=(1, cdiv(rows, tiles * taken), weights.blocks),
         io=(gi, h0, mask, states, packed(gates)),
         static=(weights.weight, weights.scale, weights.bias, weights.h_grid, weights.state_grid, steps, rows),
         constants={
@@ -231,7 +234,7 @@ def call(
             "SIZE": weights.size,
             "PROGRAMS": weights.programs,
             "TILES": tiles,
-            "SENT": sent,
+            "TAKEN": taken,
             "STAGES": STAGES,
             "STATE_N": grid_size(weights.state_grid),
             "REVERSE": reverse,
@@ -240,5 +243,5 @@ def call(
         warps=WARPS,
         portable=weights.quantized,
         cluster=weights.programs,
-        exchange=area_bytes(_area(weights.programs, tiles, sent)),
+        exchange=area_bytes(_area(weights.programs, tiles, taken)),
     )

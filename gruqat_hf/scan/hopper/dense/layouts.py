@@ -63,16 +63,16 @@ def load_weights(weight, BLOCK: gl.constexpr):
 
 
 @jit
-def operand_place(BLOCK: gl.constexpr, SENT: gl.constexpr = _ROWS):
+def operand_place(BLOCK: gl.constexpr, TAKEN: gl.constexpr = _ROWS):
     """Where in the state that all programs send, in bytes, the first chunk of a thread's part of a product's right side lies.
-    SENT: the rows that programs send; others get one of these."""
+    TAKEN: the rows that programs send; others get one of these."""
     PARTS: gl.constexpr = parts_of(BLOCK)
     RIGHT: gl.constexpr = gl.DotOperandLayout(1, product_layout(PARTS), 2)
     DEPTH: gl.constexpr = BLOCK // PARTS
     part = gl.arange(0, PARTS, layout=gl.SliceLayout(1, gl.SliceLayout(2, RIGHT)))[:, None, None]
     k = gl.arange(0, DEPTH, layout=gl.SliceLayout(0, gl.SliceLayout(2, RIGHT)))[None, :, None]
     row = gl.arange(0, _ROWS, layout=gl.SliceLayout(0, gl.SliceLayout(1, RIGHT)))[None, None, :]
-    return part * (DEPTH * SENT * 2) + row % SENT * (_CHANNELS * 2) + ((k >> 1) & 3) * 16
+    return part * (DEPTH * TAKEN * 2) + row % TAKEN * (_CHANNELS * 2) + ((k >> 1) & 3) * 16
 
 
 @constexpr_function

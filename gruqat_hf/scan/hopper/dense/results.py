@@ -7,9 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...triton.exchange_plan import cdiv
 from ..gluon import gl, jit
-from .layouts import ROWS
 
 
 class Gradients(NamedTuple):
@@ -31,9 +29,9 @@ class Gradients(NamedTuple):
         return cls(torch.empty_like(gi), gi.new_empty(states), torch.empty_like(h0), adjoint)
 
 
-def room_for_sums(gi: Tensor) -> Tensor:
+def room_for_sums(gi: Tensor, tiles: int) -> Tensor:
     """``[6, tiles of rows, H]`` fp32: of each tile, the sums for the hidden bias's gates, then for those of the input's."""
-    return gi.new_empty((6, cdiv(gi.shape[1], ROWS), gi.shape[3]), dtype=torch.float32)
+    return gi.new_empty((6, tiles, gi.shape[3]), dtype=torch.float32)
 
 
 @jit

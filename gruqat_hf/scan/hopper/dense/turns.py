@@ -1,4 +1,7 @@
-"""How many tiles of rows take turns in a cluster, and how many rows of them are sent.
+"""How many rows a tile has, and how many tiles take turns in a cluster.
+
+What programs send one another takes a fifth to a third of a step, if a tile has all 8 rows: small batches are spread over as many
+clusters as run at once.
 
 A step of one tile is half waiting for what the others send. Three that take turns do not wait for it, and take less than twice as
 long as one. That pays where tiles are more than clusters run at once, and others would have to wait for a second wave.
@@ -10,14 +13,17 @@ from collections.abc import Mapping
 
 import torch
 
-from ...triton.exchange_plan import cdiv, power_of_two
+from ...triton.exchange_plan import cdiv
 from ..cluster import clusters_at_once
 from .layouts import ROWS
 
 
-def rows_sent(rows: int) -> int:
-    """How many rows of a tile programs send one another, a power of two: fewer than it has, where a batch has no more."""
-    return min(ROWS, power_of_two(rows))
+def rows_of_tile(rows: int, blocks: int, programs: int, device: torch.device, least: int = 1) -> int:
+    """The number of rows, a power of two, that each cluster takes of the ROWS that it has columns for: as few as still find a
+    cluster each at once."""
+    at_once = max(1, clusters_at_once(programs, device.index))
+    fewer = (taken for taken in (1, 2, 4) if taken >= least and cdiv(rows, taken) * blocks <= at_once)
+    return next(fewer, ROWS)
 
 
 def tiles_of_cluster(rows: int, blocks: int, programs: int, device: torch.device, durations: Mapping[int, float]) -> int:
