@@ -8,6 +8,8 @@ The state comes from the exchange, to which each program sends its 32 channels o
 
     [program][row][chunk of the program's 4]
 
+with the rows alone that a tile takes, which are fewer where a batch is small.
+
 Of a product's right side, lane ``4 * i + j`` holds column ``i``, which is a row of the batch, and 4 of each 16 inputs. Which
 inputs these are is a matter of naming, as long as the weights' columns have the same names: lane ``4 * i + j`` takes chunk ``j``
 of row ``i`` from each program of its warp's part. So 32 lanes read 512 bytes in a row, 16 a lane, and hold what the product
@@ -20,9 +22,7 @@ from ..gluon import constexpr_function, gl, jit
 
 #: Channels of a program, rows of the batch of a tile, and warps.
 CHANNELS, ROWS, WARPS = 32, 8, 8
-#: Bytes of a program's values, one for each channel and row.
-SLICE_BYTES = CHANNELS * ROWS * 2
-_CHANNELS, _ROWS, _SLICE_BYTES = gl.constexpr(CHANNELS), gl.constexpr(ROWS), gl.constexpr(SLICE_BYTES)
+_CHANNELS, _ROWS = gl.constexpr(CHANNELS), gl.constexpr(ROWS)
 
 
 @constexpr_function

@@ -23,12 +23,13 @@ from ...triton.device import device_facts
 from ...triton.exchange_plan import cdiv
 from ..gluon import constexpr_function, gl, jit
 from ..mailbox import hear_chunks, hear_rest, hear_three, look
-from .layouts import CHANNELS, ROWS, SLICE_BYTES, load_weights, parts_of, product_layout, sum_memory
+from .layouts import CHANNELS, ROWS, load_weights, parts_of, product_layout, sum_memory
 
 #: Programs that share a block, its channels with padding, and parts that a product's inputs are split in.
 PROGRAMS, BLOCK = 32, 1024
 PARTS = parts_of(BLOCK)
-#: int32 words of all programs' values of a tile.
+#: Bytes of a program's values, one for each channel and row, and int32 words of all programs' ones.
+SLICE_BYTES = CHANNELS * ROWS * 2
 WORDS = PROGRAMS * SLICE_BYTES // 4
 #: Steps of a launch at most, even: a mailbox has words for each of them.
 _MOST_STEPS = 512
