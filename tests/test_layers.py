@@ -425,6 +425,24 @@ def test_inputs_that_are_no_floats_are_refused(dtype, state, structure_input):
                 module(x, torch.zeros(2, 4, dtype=dtype))
 
 
+@pytest.mark.parametrize("with_gradients", [True, False])
+def test_a_first_state_of_another_type_is_taken_where_nothing_is_lost(with_gradients):
+    layer, x = GRULayer(4, 8).eval(), torch.randn(3, 2, 4)
+    with torch.set_grad_enabled(with_gradients):
+        for dtype in (torch.float16, torch.bfloat16):
+            h0 = torch.randn(2, 8).to(dtype).requires_grad_(with_gradients)
+            out, last = layer(x, h0)
+            wanted, _ = layer(x, h0.detach().float())
+            assert torch.equal(out, wanted) and last.dtype == torch.float32
+            if with_gradients:
+                last.sum().backward()
+                assert h0.grad is not None and h0.grad.dtype == dtype
+        with pytest.raises(ValueError, match=r"h0 of torch.float64 for x of torch.float32; pass h0.to\(torch.float32\)"):
+            layer(x, torch.randn(2, 8, dtype=torch.float64))
+        layer.double()
+        assert layer(x.double(), torch.randn(2, 8))[1].dtype == torch.float64
+
+
 def test_a_compiled_layer_is_copied_and_pickled_without_what_was_compiled():
     layer, x = GRULayer(4, 8), torch.randn(3, 2, 4)
     layer.compile(backend="eager")

@@ -168,20 +168,31 @@ class GRUExecution(nn.Module):
         """All states ``[T, B, H]`` and the last one ``[B, H]``, in fp32 where quantized.
 
         Raises:
-            ValueError: x or h0 is of a type that is no float, or x, in float, of another one than the weights.
+            ValueError: x or h0 is of a type that is no float; or in float, x of another one than the weights, or h0 of one that
+                x cannot hold, where only a GPU's kernels take both.
         """
         if not x.is_floating_point():  # outputs come in the type of x, where a state would be cut to 0
             raise ValueError(f"{type(self).__name__} takes floating-point x, got {x.dtype}; pass x.float()")
         if h0 is not None and not h0.is_floating_point():
             raise ValueError(f"{type(self).__name__} takes floating-point h0, got {h0.dtype}; pass h0.float()")
         if self._state == QuantState.FLOAT:
-            return self._scan(x, h0, mask, reverse)
+            return self._scan(x, None if h0 is None else self._like_input(h0, x), mask, reverse)
         x, h0 = x.float(), None if h0 is None else h0.float()
         if not torch.is_autocast_enabled(x.device.type):
             return self._scan(x, h0, mask, reverse)
         # Codes are exact in fp32 only; autocast would round sums of products to half precision.
         with torch.autocast(x.device.type, enabled=False):
             return self._scan(x, h0, mask, reverse)
+
+    def _like_input(self, h0: Tensor, x: Tensor) -> Tensor:
+        """The first state in the type of x, where nothing is lost by it."""
+        if h0.dtype == x.dtype or torch.is_autocast_enabled(x.device.type):
+            return h0
+        if torch.promote_types(h0.dtype, x.dtype) == x.dtype:
+            return h0.to(x.dtype)
+        if not x.is_cuda:
+            raise ValueError(f"{type(self).__name__} got h0 of {h0.dtype} for x of {x.dtype}; pass h0.to({x.dtype})")
+        return h0
 
     def _scan(self, x: Tensor, h0: Tensor | None, mask: Tensor | None, reverse: bool) -> tuple[Tensor, Tensor]:
         if (plan := self._plan(x)) is not None:
