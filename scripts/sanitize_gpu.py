@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import cycle
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,8 +27,9 @@ STRUCTURES = {
 }
 #: Odd numbers of steps and rows, fewer rows than a tile has and more.
 SHAPES = ((5, 3), (18, 9))
-#: More tiles than clusters of 16 programs, or groups of 32, run at once, so that tiles take turns.
-TURNS = (5, 70)
+#: Of large blocks, as many more as tiles of 4 rows and of 8 are for, and more than clusters of 16 programs, or groups of 32, take
+#: at once, so that tiles take turns.
+MORE = ((6, 20), (5, 33), (5, 70))
 
 
 def run_kernels(families: list[str]) -> None:
@@ -40,8 +42,8 @@ def run_kernels(families: list[str]) -> None:
     for family in families:
         structure, hidden = STRUCTURES[family]
         for recipe in (None, "int8_state16"):
-            shapes = (*SHAPES, TURNS) if family.startswith("dense") else SHAPES
-            for (steps, rows), reverse in zip(shapes, (False, True, False)):
+            shapes = (*SHAPES, *MORE) if family.startswith("dense") else SHAPES
+            for (steps, rows), reverse in zip(shapes, cycle((False, True))):
                 layer = GRULayer(32, hidden, structure_hidden=structure, recipe=recipe, reverse=reverse, device="cuda")
                 layer.backend = "hopper"
                 x, h0 = torch.randn(steps, rows, 32, device="cuda"), torch.rand(rows, hidden, device="cuda")

@@ -37,7 +37,7 @@ def test_launches_choose_what_is_done_first(monkeypatch, rows, blocks, programs,
 def test_small_batches_are_spread_over_clusters(monkeypatch, rows, blocks, programs, least, taken):
     turns = pytest.importorskip("gruqat_hf.scan.hopper.dense.turns")
     monkeypatch.setattr(turns, "clusters_at_once", lambda size, index: {16: 7, 8: 15}[size])
-    assert turns.rows_of_tile(rows, blocks, programs, torch.device("cpu"), least) == taken
+    assert turns.rows_taken(rows, blocks, programs, torch.device("cpu"), least) == taken
 
 
 def test_a_smaller_gpu_than_a_program_was_exported_for_is_named(monkeypatch):
@@ -58,11 +58,11 @@ def test_launches_beyond_a_cluster_share_all_rows_out(monkeypatch, rows, blocks,
     monkeypatch.setattr(wide, "device_facts", lambda device: facts)
     launches, tiles, at_once = [*wide.waves(rows, blocks, CUDA, most_turns)], -(-rows // 8), 4 // blocks
     assert len(launches) == -(-tiles // (at_once * most_turns))
-    end = 0
-    for first, groups, turns in launches:
-        assert first == end < tiles and groups <= at_once and turns <= most_turns
-        end = first + groups * turns
-    assert tiles <= end < tiles + turns
+    ends = [first for first, _, _ in launches[1:]] + [tiles]
+    assert launches[0].first == 0
+    for (first, groups, turns), end in zip(launches, ends):
+        assert groups <= at_once and turns == -(-(end - first) // at_once) <= most_turns
+        assert end - first <= groups * turns < end - first + turns
 
 
 def choose_tiles(monkeypatch: pytest.MonkeyPatch, tiles: int) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .gluon import constexpr_function, gl, jit
 
-#: All ones: two fp16 NaNs, or an fp32 one, that no instruction gives; and the largest integer, which :func:`_hear_text` needs.
+#: All ones: two fp16 NaNs, or an fp32 one, that no instruction gives; and the largest integer, which :func:`_until_heard` needs.
 SILENCE = -1
 
 

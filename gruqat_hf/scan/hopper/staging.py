@@ -29,21 +29,22 @@ def operands(BLOCK: gl.constexpr):
 
 
 @jit
-def _fetch(ring, slot, base, first_row, first_channel, channels, runs, B, H: gl.constexpr):
+def _fetch(ring, slot, base, first_row, first_channel, channels, runs, end, H: gl.constexpr):
     """Copy a step's tile of ``base``, which points at the step; zero where it does not run."""
     BLOCK: gl.constexpr = ring.shape[2]
     COPY: gl.constexpr = copy_layout(BLOCK, base.dtype.element_ty.primitive_bitwidth // 8, gl.num_warps())
     b = first_row + gl.arange(0, ring.shape[1], layout=gl.SliceLayout(1, COPY))[:, None]
     s = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, COPY))[None, :]
-    copy_to_shared(ring.index(slot), base + b * H + (first_channel + s), mask=(b < B) & (s < channels) & runs)
+    copy_to_shared(ring.index(slot), base + b * H + (first_channel + s), mask=(b < end) & (s < channels) & runs)
 
 
 @jit
-def fetch_step(memory, slot, gates, dstates, states, at, step, first_row, first_channel, channels, i, T, B, H: gl.constexpr):
-    """Set out for all that step ``i`` needs, which lies at ``at``, of a program's ``channels`` from ``first_channel`` on."""
-    _fetch(memory[0], slot, gates + at, first_row, first_channel, channels, i < T, B, H)
-    _fetch(memory[1], slot, dstates + at, first_row, first_channel, channels, i < T, B, H)
-    _fetch(memory[2], slot, states + (at + step), first_row, first_channel, channels, i + 1 < T, B, H)
+def fetch_step(memory, slot, gates, dstates, states, at, step, first_row, first_channel, channels, i, T, end, H: gl.constexpr):
+    """Set out for all that step ``i`` needs, which lies at ``at``, of a program's ``channels`` from ``first_channel`` on and rows
+    from ``first_row`` to ``end``."""
+    _fetch(memory[0], slot, gates + at, first_row, first_channel, channels, i < T, end, H)
+    _fetch(memory[1], slot, dstates + at, first_row, first_channel, channels, i < T, end, H)
+    _fetch(memory[2], slot, states + (at + step), first_row, first_channel, channels, i + 1 < T, end, H)
     commit_copies()
 
 

@@ -27,7 +27,7 @@ from . import LARGEST_HALF, RESCALE, STAGES, backward_wide
 from .layouts import CHANNELS, ROWS, WARPS, part_layout, parts_layout
 from .maxima import hear_largest, maxima_bytes, tell_largest
 from .results import Gradients, room_for_sums, store_step, store_sums
-from .turns import rows_of_tile
+from .turns import rows_taken
 from .weights import BackwardWeights
 from .weights import backward_weights as prepare
 
@@ -232,7 +232,7 @@ def backward(
     assert prepared.weight is not None
     steps, rows, _, hidden = gi.shape
     programs, blocks = prepared.weight.shape[2], hidden // prepared.size
-    taken = rows_of_tile(rows, blocks, programs, gi.device, least=2)  # what is sent in one piece has values of two rows
+    taken = rows_taken(rows, blocks, programs, gi.device, least=2)  # what is sent in one piece has values of two rows
     tiles = cdiv(rows, taken)
     dgi, dgh_n, dh0, adjoint = Gradients.like(gi, h0, want_adjoint)
     sums = room_for_sums(gi, tiles)

@@ -9,8 +9,9 @@ program's first piece is its own one, which is multiplied while the other is on 
 
     [piece][program of the piece][row][chunk of 16 channels]
 
-and lane ``4 * i + j`` takes, of each 64 inputs of its warp, chunk ``j`` of row ``i``: of a product's right side it then holds
-column ``i``, and 8 of each 32 inputs, which are those that the weights' columns name so.
+with the rows alone that a tile takes, which are fewer where a batch is small; and lane ``4 * i + j`` takes, of each 64 inputs
+of its warp, chunk ``j`` of row ``i``: of a product's right side it then holds column ``i``, and 8 of each 32 inputs, which are
+those that the weights' columns name so.
 
 Row ``i`` of each 16 of a product is channel ``2 * i``, row ``i + 8`` channel ``2 * i + 1``, as in the block-diagonal kernels.
 """
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 from ..gluon import constexpr_function, gl, jit
 
-#: Rows of the batch of a cluster, warps, and inputs of a piece.
+#: Rows of the batch of a tile, warps, and inputs of a piece.
 ROWS, WARPS, PIECE = 8, 8, 512
 _ROWS = gl.constexpr(ROWS)
 _PIECE = gl.constexpr(PIECE)

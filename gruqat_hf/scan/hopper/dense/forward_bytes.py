@@ -33,7 +33,7 @@ from .byte_layouts import (
     weight_memory,
 )
 from .tiles import fetch_inputs, keep, lines_of_slot, load_gates, read_gate, send, store_gates, summed, turn_memory
-from .turns import rows_of_tile, tiles_of_cluster
+from .turns import rows_taken, tiles_of_cluster
 from .weights import ByteWeights
 
 #: Of a step of one tile, and of three; by the pieces of a block.
@@ -253,7 +253,7 @@ def call(
     steps, rows, _, hidden = gi.shape
     pieces = weights.weight.shape[3]
     tiles = tiles_of_cluster(rows, weights.blocks, weights.programs, gi.device, _DURATIONS[pieces])
-    taken = ROWS if tiles > 1 else rows_of_tile(rows, weights.blocks, weights.programs, gi.device)
+    taken = ROWS if tiles > 1 else rows_taken(rows, weights.blocks, weights.programs, gi.device)
     return ClusterCall(
         kernel=_forward,
         grid=(1, cdiv(rows, tiles * taken), weights.blocks),

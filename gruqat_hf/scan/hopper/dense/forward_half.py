@@ -30,7 +30,7 @@ from .layouts import (
     sum_memory,
 )
 from .tiles import fetch_inputs, keep, lines_of_slot, load_gates, read_gate, send, store_gates, summed, turn_memory
-from .turns import rows_of_tile, tiles_of_cluster
+from .turns import rows_taken, tiles_of_cluster
 from .weights import HalfWeights
 
 #: Of a step of one tile, and of three.
@@ -223,7 +223,7 @@ def call(
     """The launch that fills ``states``, and ``gates`` if given."""
     steps, rows, _, hidden = gi.shape
     tiles = tiles_of_cluster(rows, weights.blocks, weights.programs, gi.device, _DURATIONS)
-    taken = ROWS if tiles > 1 else rows_of_tile(rows, weights.blocks, weights.programs, gi.device)
+    taken = ROWS if tiles > 1 else rows_taken(rows, weights.blocks, weights.programs, gi.device)
     return ClusterCall(
         kernel=_forward,
         grid=(1, cdiv(rows, tiles * taken), weights.blocks),

@@ -12,8 +12,8 @@ with the rows alone that a tile takes, which are fewer where a batch is small.
 
 Of a product's right side, lane ``4 * i + j`` holds column ``i``, which is a row of the batch, and 4 of each 16 inputs. Which
 inputs these are is a matter of naming, as long as the weights' columns have the same names: lane ``4 * i + j`` takes chunk ``j``
-of row ``i`` from each program of its warp's part. So 32 lanes read 512 bytes in a row, 16 a lane, and hold what the product
-wants.
+of row ``i`` from each program of its warp's part. So 32 lanes read 512 bytes in a row, 16 a lane, if a tile takes 8 rows,
+and hold what the product wants.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ def room_for_sums(gi: Tensor, tiles: int) -> Tensor:
 def store_step(dgi_p, dgh_n_p, adjoint_p, grad, c_r, c_z, c_hn, c_n, here, H: gl.constexpr):
     """Store a step's gradients where ``here``, and give those of r, z, the hidden product's n and the input's n.
 
-    ``grad`` is that of the step's state, 0 where the step does not run.
+    ``grad`` is that of the step's state, 0 where a mask says that the step does not run.
     """
     if adjoint_p is not None:
         gl.store(adjoint_p, grad, mask=here)

@@ -59,9 +59,11 @@ def send(own, area, to, SLOT: gl.constexpr, AREA: gl.constexpr, SEND: gl.constex
 
 
 @jit
-def lines_of_slot(ring, block, part, first_row, B, H: gl.constexpr, SIZE: gl.constexpr, COPY: gl.constexpr, TILES: gl.constexpr):
+def lines_of_slot(
+    ring, block, part, first_row, end, H: gl.constexpr, SIZE: gl.constexpr, COPY: gl.constexpr, TILES: gl.constexpr
+):
     """Where a slot's lines lie in a step's inputs ``[B, 3, H]``, for slice ``part`` of a block, and which of them there are, of
-    each of TILES tiles of rows; every tile's lie ROWS rows after those of the one before.
+    each of TILES tiles of rows before row ``end``; every tile's lie ROWS rows after those of the one before.
     """
     ROWS: gl.constexpr = ring.shape[1] // 4
     CHANNELS: gl.constexpr = ring.shape[2]
@@ -70,7 +72,7 @@ def lines_of_slot(ring, block, part, first_row, B, H: gl.constexpr, SIZE: gl.con
     b = first_row + line % ROWS
     present = ()
     for k in gl.static_range(TILES):
-        present = present + (((line < 3 * ROWS) & (b + k * ROWS < B))[:, None] & (channel < SIZE)[None, :],)
+        present = present + (((line < 3 * ROWS) & (b + k * ROWS < end))[:, None] & (channel < SIZE)[None, :],)
     return (b * (3 * H) + line // ROWS * H)[:, None] + (block * SIZE + channel)[None, :], present
 
 

@@ -18,9 +18,9 @@ from ..cluster import clusters_at_once
 from .layouts import ROWS
 
 
-def rows_of_tile(rows: int, blocks: int, programs: int, device: torch.device, least: int = 1) -> int:
-    """The number of rows, a power of two, that each cluster takes of the ROWS that it has columns for: as few as still find a
-    cluster each at once."""
+def rows_taken(rows: int, blocks: int, programs: int, device: torch.device, least: int = 1) -> int:
+    """The number of rows, a power of two and at least ``least``, that each cluster takes of the ROWS that it has columns for: as
+    few as still find a cluster each at once, one program to a processor."""
     at_once = max(1, clusters_at_once(programs, device.index))
     fewer = (taken for taken in (1, 2, 4) if taken >= least and cdiv(rows, taken) * blocks <= at_once)
     return next(fewer, ROWS)

@@ -1,8 +1,8 @@
 """Which thread holds what where a block of more than 512 channels is shared by 32 programs of a grid, more than a cluster has.
 
-A program owns 32 channels of a block and 8 rows of the batch. Its eight warps share a step's product ``[32 channels, 1024
-inputs] x [1024 inputs, 8 rows]``, an eighth of the inputs each; the parts' sums go through shared memory, from where each thread
-takes one channel of one row. Of a program's 192 KB of weights, a third stays in shared memory, the others in registers.
+A program owns 32 channels of a block, and tiles of 8 rows of the batch. Its eight warps share a tile's product ``[32 channels,
+1024 inputs] x [1024 inputs, 8 rows]``, an eighth of the inputs each; the parts' sums go through shared memory, from where each
+thread takes one channel of one row. Of a program's 192 KB of weights, a third stays in shared memory, the others in registers.
 
 What programs hand each other comes through a mailbox (:mod:`..mailbox`): for each step, tile of rows and block
 
@@ -46,7 +46,7 @@ class Wave(NamedTuple):
 
 
 def waves(rows: int, blocks: int, device: torch.device, most_turns: int = 1) -> Iterator[Wave]:
-    """The launches that a batch takes, with no more programs than processors: as few as can be, then with as few turns.
+    """The launches that a batch takes, with no more programs than processors: as few as can be, each with as few turns.
 
     Raises:
         RuntimeError: one tile has more, in a program that was exported on a larger GPU.
@@ -58,9 +58,12 @@ def waves(rows: int, blocks: int, device: torch.device, most_turns: int = 1) -> 
             f"hopper_dense was chosen for {blocks} blocks, which need {PROGRAMS * blocks} programs at once, but {device} has "
             f"{processors} processors; run or export the layer on this GPU with backend 'triton' or 'auto'"
         )
-    turns = cdiv(tiles, at_once * cdiv(tiles, at_once * most_turns))
-    for first in range(0, tiles, at_once * turns):
-        yield Wave(first, min(at_once, cdiv(tiles - first, turns)), turns)
+    launches = cdiv(tiles, at_once * most_turns)
+    most = at_once * cdiv(tiles, at_once * launches)
+    for first in range(0, tiles, most):
+        own = min(most, tiles - first)
+        turns = cdiv(own, at_once)
+        yield Wave(first, cdiv(own, turns), turns)
 
 
 def patience_of(one: int, doubling: int, rows: int, tiles: int) -> int:
@@ -77,7 +80,7 @@ def pieces(steps: int, reverse: bool) -> list[slice]:
 
 @constexpr_function
 def weight_memory():
-    """Of a gate's weights ``[PARTS, CHANNELS, DEPTH]`` in shared memory: what a lane needs for an instruction is 16 bytes."""
+    """Of a gate's weights ``[PARTS, CHANNELS, inputs of a part]`` in shared memory: a lane's for an instruction are 16 bytes."""
     lane = [[0, 0, 1], [0, 8, 0], [0, 0, 8]]
     warp = [[0, 0, 2], [0, 0, 4], [0, 1, 0], [0, 2, 0], [0, 4, 0]]
     deeper = [[0, 0, 16], [0, 0, 32], [0, 0, 64], [0, 16, 0]]

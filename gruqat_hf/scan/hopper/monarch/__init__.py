@@ -59,6 +59,6 @@ def refuses(inputs: ScanInputs, facts: DeviceFacts) -> str | None:
     mid = inputs.grids.mid
     if mid is not None and mid.scale.numel() > shapes[0][0]:
         return "the grid of mid has a scale for each gate, but the gates share the first factor"
-    if is_exact(inputs) and (reason := portable.refuses(inputs, facts)) is not None:
+    if is_exact(inputs) and inputs.needs_grad and (reason := portable.refuses(inputs, facts)) is not None:
         return f"gradients as exact as fp32 are the portable kernels', but {reason}"
     return refuses_clusters(programs, inputs.gi.device.index)

@@ -196,7 +196,7 @@ def multiply(
         tile_rows = min(tile_rows, max(16, _RESULTS // (together * columns)))
     KernelCall(
         kernel=_kernel,
-        grid=(cdiv(blocks, together) * cdiv(outs, columns) * cdiv(size, tile_rows), 1, 1),
+        grid=(blocks // together * cdiv(outs, columns) * cdiv(size, tile_rows), 1, 1),
         io=(rows, h0, values, passes),
         static=(first.values.contiguous(), scale, pack_grid(h_grid), mid, size, 0 if h0 is None else h0.shape[0]),
         constants={
