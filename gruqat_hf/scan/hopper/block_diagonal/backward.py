@@ -7,7 +7,6 @@ each step reads what the next but one needs.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ...triton.block_diagonal import backward as portable
@@ -21,6 +20,7 @@ from ...triton.weight_gradient import weight_gradient
 from ..gluon import gl, jit, wait_for_copies
 from ..gradients import coefficients, powers
 from ..layouts import gate_layout, product_layout
+from ..results import Gradients, room_for_sums, store_step, store_sums
 from ..staging import operands
 from . import REGISTERS, STAGES, rows_of_tile
 from .folding import is_folded, load_sides, multiply, multiply_two, to_right
@@ -74,8 +74,7 @@ def _backward(
     offset = b[None, :] * H + c[:, None]
     dgi_p = dgi + at * 3 + (b[None, :] * (3 * H) + c[:, None])
     dgh_p = dgh_n + at + offset
-    if adjoint is not None:
-        adjoint_p = adjoint + at + offset
+    adjoint_p = None if adjoint is None else adjoint + at + offset
     initial = gl.load(h0 + offset, mask=inside, other=0.0).to(gl.float32)
 
     even = rings(gates.dtype.element_ty, states.dtype.element_ty, SLOTS, BLOCK, ROWS)
@@ -134,17 +133,9 @@ def _backward(
                 right_n = x[2].load(RIGHT)
                 # All else, while the product is on its way.
                 here = i + u < end
+                da_r, da_z, dh_n, da_n = store_step(dgi_p, dgh_p, adjoint_p, counted, c_r, c_z, c_hn, c_n, here, H)
                 if adjoint is not None:
-                    gl.store(adjoint_p, counted, mask=here)
                     adjoint_p += step
-                da_r = counted * c_r
-                da_z = counted * c_z
-                da_n = counted * c_n
-                dh_n = counted * c_hn
-                gl.store(dgi_p, da_r.to(dgi.dtype.element_ty), mask=here)
-                gl.store(dgi_p + H, da_z.to(dgi.dtype.element_ty), mask=here)
-                gl.store(dgi_p + 2 * H, da_n.to(dgi.dtype.element_ty), mask=here)
-                gl.store(dgh_p, dh_n.to(dgi.dtype.element_ty), mask=here)
                 dgi_p += step * 3
                 dgh_p += step
                 # The next step has been read: its slot is free for the one that takes its turn. That after it is read below, from
@@ -186,16 +177,7 @@ def _backward(
                 runs_2 = runs_4
     # There is no step after the last, whose gradient would be added.
     gl.store(dh0 + offset, grad.to(dh0.dtype.element_ty), mask=inside)
-    sums_p = sums + gl.program_id(1) * H + c
-    gate = gl.num_programs(1) * H
-    sum_r = gl.sum(db_r, axis=1)
-    sum_z = gl.sum(db_z, axis=1)
-    gl.store(sums_p, sum_r, mask=s < SIZE)
-    gl.store(sums_p + gate, sum_z, mask=s < SIZE)
-    gl.store(sums_p + 2 * gate, gl.sum(db_n, axis=1), mask=s < SIZE)
-    gl.store(sums_p + 3 * gate, sum_r, mask=s < SIZE)
-    gl.store(sums_p + 4 * gate, sum_z, mask=s < SIZE)
-    gl.store(sums_p + 5 * gate, gl.sum(db_in, axis=1), mask=s < SIZE)
+    store_sums(sums + gl.program_id(1) * H + c, gl.num_programs(1) * H, db_r, db_z, db_n, db_in, s < SIZE)
 
 
 def backward(
@@ -219,11 +201,8 @@ def backward(
     padded = weight.shape[-1]
     tile = rows_of_tile(hidden // size, rows, device_facts(gi.device).processors)
     tiles = cdiv(rows, tile)
-    dgi = torch.empty_like(gi)
-    dgh_n = gi.new_empty((steps, rows, hidden))
-    dh0 = torch.empty_like(h0)
-    adjoint = torch.empty_like(states, dtype=torch.float32) if want_adjoint else None
-    sums = gi.new_empty((6, tiles, hidden), dtype=torch.float32)
+    dgi, dgh_n, dh0, adjoint = Gradients.like(gi, h0, want_adjoint)
+    sums = room_for_sums(gi, tiles)
     largest = largest_magnitudes(dstates, dlast)
     KernelCall(
         kernel=_backward,

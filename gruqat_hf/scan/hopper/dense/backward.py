@@ -22,11 +22,11 @@ from ..cluster import ClusterCall
 from ..exchange import area_bytes, area_of, area_shape, close_exchange, open_exchange, read_halves, send_chunks, wait_for_round
 from ..gluon import constexpr_function, gl, jit, mma_v2, wait_for_copies
 from ..gradients import coefficients, powers
+from ..results import Gradients, room_for_sums, store_step, store_sums
 from ..staging import fetch_step, operands, read, rings
 from . import LARGEST_HALF, RESCALE, STAGES, backward_wide
 from .layouts import CHANNELS, ROWS, WARPS, part_layout, parts_layout
 from .maxima import hear_largest, maxima_bytes, tell_largest
-from .results import Gradients, room_for_sums, store_step, store_sums
 from .turns import rows_taken
 from .weights import BackwardWeights
 from .weights import backward_weights as prepare

@@ -20,11 +20,11 @@ from ...triton.math import in_range, load_grid
 from ..gluon import gl, jit, mma_v2, wait_for_copies
 from ..gradients import coefficients, powers
 from ..mailbox import hear_magnitudes, new_mailbox, post_magnitudes, post_pairs
+from ..results import Gradients, room_for_sums, store_step, store_sums
 from ..staging import fetch_step, read, rings
 from . import RESCALE, STAGES
 from .layouts import CHANNELS, ROWS, WARPS, load_weights, operand_place, sum_layout
 from .maxima import maxima_layout
-from .results import Gradients, room_for_sums, store_step, store_sums
 from .tiles import summed
 from .weights import BackwardWeights
 from .wide import (

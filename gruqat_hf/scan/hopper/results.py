@@ -1,4 +1,4 @@
-"""What the backward kernels of large blocks leave behind, a thread one channel of one row of each step."""
+"""What the backward kernels of blocks leave behind."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..gluon import gl, jit
+from .gluon import gl, jit
 
 
 class Gradients(NamedTuple):
