@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..spec import MOST_MARKED
-from .math import codes, gru_gates, gru_gradients, in_range, pack_gates, unpack_gates
+from .math import codes, gru_gates, gru_gradients, on_grid, pack_gates, unpack_gates
 from .memory import put
 
 #: Counters lie this many int32 apart, each in a cache line of its own.
@@ -120,8 +120,7 @@ def next_state(gi, gh, h, grid, HAS_GRID: tl.constexpr, PORTABLE: tl.constexpr, 
     """``(r, z, n, hn, next)`` of one step; z is -1 where the carried state's grid clips."""
     r, z, n, hn, new = gru_gates(gi[0], gi[1], gi[2], gh[0], gh[1], gh[2], h, PORTABLE, gate_grids)
     if HAS_GRID:
-        z = tl.where(in_range(new, grid[1], grid[2], grid[3]), z, -1.0)
-        new = codes(new, grid[1], grid[2], grid[3]) * grid[0]
+        new, z = on_grid(new, z, grid, True)
     return r, z, n, hn, new
 
 

@@ -114,6 +114,15 @@ def in_range(x, inv_scale, low, high):
 
 
 @triton.jit
+def on_grid(new, z, grid, MARKED: tl.constexpr):
+    """The carried state ``new`` on its grid, of :func:`load_grid`, and z: MARKED, for a backward pass, by -1 where the grid
+    clips."""
+    if MARKED:
+        z = tl.where(in_range(new, grid[1], grid[2], grid[3]), z, -1.0)
+    return codes(new, grid[1], grid[2], grid[3]) * grid[0], z
+
+
+@triton.jit
 def _rational(x, CLAMP: tl.constexpr, SQUARED: tl.constexpr, P: tl.constexpr, Q: tl.constexpr):
     """The reference's bits, in as few operations one after the other as that takes: rounding is monotonic, so that the square may
     be clamped in place of ``x``, and sums may be computed with both signs changed."""

@@ -13,7 +13,7 @@ from ...triton.block_diagonal.weights import BlockWeights, packed, prepare
 from ...triton.device import device_facts
 from ...triton.exchange_plan import cdiv
 from ...triton.family import KernelCall, aligned
-from ...triton.math import codes, gru_gates, in_range, load_grid, pack_gates
+from ...triton.math import codes, gru_gates, load_grid, on_grid, pack_gates
 from ..gluon import commit_copies, copy_to_shared, gl, jit, wait_for_copies
 from ..layouts import channel_of_row, copy_layout, operand_memory, product_layout
 from . import REGISTERS, STAGES, rows_of_tile
@@ -88,7 +88,7 @@ def _forward(
         start_z = _start(bias + H + k * SIZE, SIZE, BLOCK)
         start_n = _start(bias + 2 * H + k * SIZE, SIZE, BLOCK)
     if state_grid is not None:
-        state_scale, state_inv, state_low, state_high = load_grid(state_grid, gl.where(own, c, 0)[:, None], STATE_N)
+        carried = load_grid(state_grid, gl.where(own, c, 0)[:, None], STATE_N)
 
     row = B.to(gl.int64) * H
     sign: gl.constexpr = -1 if REVERSE else 1
@@ -161,9 +161,7 @@ def _forward(
             commit_copies()
             gi_p += step * 3
             if state_grid is not None:
-                if gates is not None:
-                    z = gl.where(in_range(new, state_inv, state_low, state_high), z, -1.0)
-                new = codes(new, state_inv, state_low, state_high) * state_scale
+                new, z = on_grid(new, z, carried, gates is not None)
             if mask is not None:
                 new = gl.where(runs_0 if u == 0 else runs_1, new, h)
             h = new

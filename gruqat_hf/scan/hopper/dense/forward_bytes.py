@@ -12,7 +12,7 @@ from torch import Tensor
 from ...spec import grid_size
 from ...triton.block_diagonal.weights import packed
 from ...triton.exchange_plan import cdiv
-from ...triton.math import clamp, codes, gru_gates, in_range, load_grid
+from ...triton.math import clamp, gru_gates, load_grid, on_grid
 from ..cluster import ClusterCall
 from ..exchange import area_bytes, area_of, area_shape, close_exchange, open_exchange, read_chunks, wait_for_round
 from ..gluon import constexpr_function, gl, jit, mma_v2, wait_for_copies
@@ -129,7 +129,7 @@ def _forward(
     s_r, s_z, s_n = load_gates(scale, c, own, H)
     _, h_inv, h_low, h_high = load_grid(h_grid, 0, 1)
     if state_grid is not None:
-        state_scale, state_inv, state_low, state_high = load_grid(state_grid, gl.where(own, c, 0)[:, None], STATE_N)
+        carried = load_grid(state_grid, gl.where(own, c, 0)[:, None], STATE_N)
 
     row = B.to(gl.int64) * H
     sign: gl.constexpr = -1 if REVERSE else 1
@@ -212,9 +212,7 @@ def _forward(
                         product = _multiply(base, t // 2 + u, states_at, weights, last, last_n, PIECES * (1 - u), AREA)
                 r, z, n, hn, new = gru_gates(gi_r, gi_z, gi_n, gh_r, gh_z, gh_n, h[k], True)
                 if state_grid is not None:
-                    if gates is not None:
-                        z = gl.where(in_range(new, state_inv, state_low, state_high), z, -1.0)
-                    new = codes(new, state_inv, state_low, state_high) * state_scale
+                    new, z = on_grid(new, z, carried, gates is not None)
                 here = inside[k] & (t + u < T)
                 if mask is not None:
                     new = gl.where((real != 0)[None, :], new, h[k])

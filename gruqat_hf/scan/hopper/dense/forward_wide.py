@@ -12,7 +12,7 @@ from torch import Tensor
 from ...spec import grid_size
 from ...triton.block_diagonal.weights import packed
 from ...triton.family import KernelCall
-from ...triton.math import codes, gru_gates, in_range, load_grid
+from ...triton.math import codes, gru_gates, load_grid, on_grid
 from ..gluon import gl, jit, mma_v2, wait_for_copies
 from ..layouts import copy_layout, ring_memory
 from ..mailbox import new_mailbox, post_pairs
@@ -103,7 +103,7 @@ def _forward(
         s_r, s_z, s_n = load_gates(scale, c, own, H)
         _, h_inv, h_low, h_high = load_grid(h_grid, 0, 1)
     if state_grid is not None:
-        state_scale, state_inv, state_low, state_high = load_grid(state_grid, gl.where(own, c, 0)[:, None], STATE_N)
+        carried = load_grid(state_grid, gl.where(own, c, 0)[:, None], STATE_N)
 
     row = B.to(gl.int64) * H
     sign: gl.constexpr = -1 if REVERSE else 1
@@ -175,9 +175,7 @@ def _forward(
                     gh_n = gh_n * s_n
                 r, z, n, hn, new = gru_gates(gi_r, gi_z, gi_n, gh_r + b_r, gh_z + b_z, gh_n + b_n, h[k], PORTABLE)
                 if state_grid is not None:
-                    if gates is not None:
-                        z = gl.where(in_range(new, state_inv, state_low, state_high), z, -1.0)
-                    new = codes(new, state_inv, state_low, state_high) * state_scale
+                    new, z = on_grid(new, z, carried, gates is not None)
                 if mask is not None:
                     new = gl.where((real != 0)[None, :], new, h[k])
                 following = following + (new,)

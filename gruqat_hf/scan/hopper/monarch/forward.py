@@ -14,7 +14,7 @@ from ...spec import grid_size
 from ...triton.block_diagonal.weights import packed
 from ...triton.exchange_plan import cdiv
 from ...triton.family import aligned
-from ...triton.math import codes, gru_gates, in_range, load_grid, pack_gates
+from ...triton.math import codes, gru_gates, load_grid, on_grid, pack_gates
 from ...triton.transposition import transposed, transposition
 from ..cluster import ClusterCall
 from ..exchange import area_bytes, area_of, area_shape, close_exchange, expect_round, open_exchange, send_pairs, wait_for_round
@@ -94,7 +94,7 @@ def _forward(
         start_z = to_product(zeros + b_z)
         start_n = to_product(zeros + b_n)
     if state_grid is not None:
-        state_scale, state_inv, state_low, state_high = load_grid(state_grid, c[:, None], STATE_N)
+        carried = load_grid(state_grid, c[:, None], STATE_N)
 
     row = B.to(gl.int64) * H
     sign: gl.constexpr = -1 if REVERSE else 1
@@ -177,9 +177,7 @@ def _forward(
                 gh_n = gh_n * s_n + b_n
             r, z, n, hn, new = gru_gates(gi_r, gi_z, gi_n, gh_r, gh_z, gh_n, h, PORTABLE)
             if state_grid is not None:
-                if gates is not None:
-                    z = gl.where(in_range(new, state_inv, state_low, state_high), z, -1.0)
-                new = codes(new, state_inv, state_low, state_high) * state_scale
+                new, z = on_grid(new, z, carried, gates is not None)
             if mask is not None:
                 new = gl.where((real[i] != 0)[None, :], new, h)
             h = new

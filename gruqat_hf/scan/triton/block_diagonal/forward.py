@@ -12,7 +12,7 @@ from .. import streamed
 from ..device import device_facts
 from ..exchange_plan import cdiv
 from ..family import KernelCall
-from ..math import codes, count, gru_gates, in_range, load_grid, pack_gates
+from ..math import codes, count, gru_gates, load_grid, on_grid, pack_gates
 from ..memory import put
 from ..streamed import StreamedWeights
 from . import ROWS, tiling
@@ -70,7 +70,7 @@ def _forward(
     if h_grid is not None:
         _, h_inv, h_low, h_high = load_grid(h_grid, 0, 1)
     if state_grid is not None:
-        state_scale, state_inv, state_low, state_high = load_grid(state_grid, tl.minimum(c, H - 1)[:, None], STATE_N)
+        carried = load_grid(state_grid, tl.minimum(c, H - 1)[:, None], STATE_N)
     if scale is not None:
         s_r = tl.load(scale + c, mask=own, other=0.0)[:, None]
         s_z = tl.load(scale + H + c, mask=own, other=0.0)[:, None]
@@ -145,9 +145,7 @@ def _forward(
                 PORTABLE,
             )
             if state_grid is not None:
-                if gates is not None:
-                    z = tl.where(in_range(new, state_inv, state_low, state_high), z, -1.0)
-                new = codes(new, state_inv, state_low, state_high) * state_scale
+                new, z = on_grid(new, z, carried, gates is not None)
             if mask is not None:
                 real = tl.load(mask_p + u * sign * B, mask=(b < B) & (t + u < T), other=0)
                 new = tl.where((real != 0)[None, :], new, h)
