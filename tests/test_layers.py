@@ -1,4 +1,4 @@
-"""GRUCell, GRULayer and GRUStack: parity with torch.nn.GRU, masks, lifecycle."""
+"""GRUCell, GRULayer and GRUStack: parity with torch.nn.GRU, masks, gradients."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ import pickle
 
 import pytest
 import torch
+from model_helpers import KINDS
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from gruqat_hf.layers import GRUCell, GRULayer, GRUStack, LifecycleError, QuantState
-from gruqat_hf.quantization import PRESETS, QuantizerConfig, QuantRecipe
-
-KINDS = ["dense", "diagonal", "blockdiag", "monarch", "butterfly", "circulant", "ldr"]
+from gruqat_hf.layers import GRUCell, GRULayer, GRUStack, LifecycleError
+from gruqat_hf.quantization import QuantizerConfig, QuantRecipe
 
 
 def stack_from(gru: nn.GRU) -> GRUStack:
@@ -180,38 +179,6 @@ def test_qat_gradient_tends_to_the_float_gradient():
         assert error < 0.05, name
 
 
-def test_lsq_everywhere_trains_and_freezes():
-    lsq = QuantizerConfig(scheme="lsq", observer="minmax")
-    weight = QuantizerConfig(scheme="lsq", observer="dynamic", granularity="channel")
-    recipe = QuantRecipe(
-        x=lsq,
-        h=lsq,
-        state=QuantizerConfig(bits=16, scheme="lsq"),
-        weight_input=weight,
-        weight_hidden=weight,
-        mid_hidden=lsq,
-        gates=QuantizerConfig(scheme="lsq", granularity="gate"),
-    )
-    layer = GRULayer(4, 8, recipe=recipe, structure_hidden="monarch").train()
-    x = torch.randn(6, 3, 4)
-    optimizer = torch.optim.SGD(layer.parameters(), lr=1e-3)
-    losses = []
-    for _ in range(30):
-        optimizer.zero_grad()
-        loss = (layer(x)[0] - 0.1).square().mean()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    scales = {name: p for name, p in layer.named_parameters() if name.endswith("scale")}
-    assert len(scales) == 8  # x, h, state, gates, mid and the factors of the weights
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in scales.values())
-    assert losses[-1] < losses[0]
-    layer.eval()
-    with torch.no_grad():
-        out, _ = layer(x)
-        assert torch.equal(layer.freeze()(x)[0], out)
-
-
 def test_observers_see_what_the_grid_clipped():
     """An observed range can grow: values are shown before they are put on the grid."""
     recipe = QuantRecipe(gates=QuantizerConfig(observer="minmax"), h=QuantizerConfig(observer="minmax"))
@@ -220,39 +187,6 @@ def test_observers_see_what_the_grid_clipped():
         layer.bias_input.fill_(30.0)
     layer(torch.randn(3, 2, 4))
     assert layer.gates.scale.item() * 127 > 29
-
-
-@pytest.mark.parametrize(
-    ("setup", "call", "message"),
-    [
-        (lambda m: m, lambda m: m.freeze(), "nothing to freeze; call prepare_qat"),
-        (lambda m: m, lambda m: m.dequantize(), "in float already"),
-        (lambda m: m, lambda m: m.calibrate([]), "no quantizers; call prepare_qat"),
-        (lambda m: m.prepare_qat("int8_dynamic"), lambda m: m.prepare_qat("int8_dynamic"), "QAT already"),
-        (lambda m: m.prepare_qat("int8_dynamic"), lambda m: m.dequantize(), r"call freeze\(\) first"),
-        (lambda m: m.prepare_qat("int8_dynamic").freeze(), lambda m: m.prepare_qat("int8_dynamic"), r"call dequantize\(\) first"),
-        (lambda m: m.prepare_qat("int8_dynamic").freeze(), lambda m: m.freeze(), "frozen already"),
-        (lambda m: m.prepare_qat("int8_dynamic").freeze(), lambda m: m.calibrate([]), "scales are fixed"),
-        (lambda m: m.prepare_qat("int8_state16"), lambda m: m.freeze(), r"needs a scale for .*x.*calibrate\(loader\)"),
-    ],
-)
-@pytest.mark.parametrize("make", [lambda: GRULayer(4, 8), lambda: GRUStack(4, 8, 2)], ids=["layer", "stack"])
-def test_illegal_transitions_name_the_call_that_would_be_right(make, setup, call, message):
-    module = setup(make())
-    before = module.quant_state
-    with pytest.raises(LifecycleError, match=message):
-        call(module)
-    assert module.quant_state == before
-
-
-def test_a_refused_recipe_leaves_every_layer_in_float():
-    stack = GRUStack(8, 12, 2)  # 8 is divisible by 8, 12 is not
-    recipe = QuantRecipe(weight_input=QuantizerConfig(granularity="group", group_size=8, observer="dynamic"))
-    with pytest.raises(ValueError, match="group_size=8 does not divide the rows of weight_input.blocks, which hold 12"):
-        stack.prepare_qat(recipe)
-    assert all(layer.quant_state == QuantState.FLOAT and not list(layer.weight_input.quantizers) for layer in stack.flat_layers())
-    with pytest.raises(ValueError, match="quantizes nothing"):
-        stack.prepare_qat("fp32")
 
 
 @pytest.mark.parametrize("recipe", [None, "int8_hidden", "int8_dynamic"])
@@ -284,163 +218,6 @@ def test_layers_that_differ_are_not_taken_for_one():
     stack.layers[1][0].prepare_qat("int8_state16")
     with pytest.raises(LifecycleError, match="share one recipe.*layers.1.0: int8_state16"):
         _ = stack.recipe
-
-
-def test_weights_that_diverged_are_not_frozen():
-    stack = GRUStack(4, 8, 2).prepare_qat("int8_dynamic")
-    with torch.no_grad():
-        stack.layers[1][0].weight_hidden.structure.weight[0, 0, 0, 0] = float("nan")
-    with pytest.raises(ValueError, match="weight_hidden.blocks holds NaN"):
-        stack.freeze()
-    assert all(layer.quant_state == QuantState.QAT for layer in stack.flat_layers())
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("preset", ["int8_state16", "int4_per_group_64"])
-def test_dequantize_keeps_the_values(kind, preset):
-    layer = GRULayer(8, 16, structure_hidden=kind)
-    x = torch.randn(5, 2, 8)
-    layer.prepare_qat(preset).calibrate([x], progress=False).freeze()
-    dense = layer.weight_hidden.operand().to_dense()
-    layer.dequantize()
-    assert layer.quant_state == QuantState.FLOAT
-    assert layer.structure_hidden.kind == ("dense" if kind in ("butterfly", "ldr") else kind)
-    torch.testing.assert_close(layer.weight_hidden.structure.lower().to_dense(), dense, rtol=0, atol=1e-6)
-    layer(x)[0].sum().backward()
-    layer.prepare_qat(preset)  # the way starts anew
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_frozen_weights_keep_nothing_float(kind):
-    layer = GRULayer(16, 16, structure_hidden=kind, structure_input=kind, recipe="int4_per_group_64")
-    layer.calibrate([torch.randn(5, 2, 16)], progress=False).freeze()
-    assert [name for name, _ in layer.named_parameters()] == ["bias_input", "bias_hidden"]
-    state = layer.state_dict()
-    for name, tensor in state.items():
-        if name.endswith("_codes"):
-            assert tensor.dtype == torch.uint8
-        elif name.endswith("scale"):
-            assert tensor.dtype == torch.float32
-        else:
-            assert name.startswith("bias")
-    if kind == "circulant":
-        assert state["weight_hidden.blocks_codes"].shape == (3, 8)  # its one vector, two codes a byte
-
-
-def test_a_skeleton_on_meta_has_the_frozen_layout():
-    for kind in KINDS:
-        real = GRULayer(8, 8, structure_hidden=kind, structure_input=kind, recipe="int4_per_group_64")
-        real.calibrate([torch.randn(5, 2, 8)], progress=False).freeze()
-        meta = (
-            GRULayer(8, 8, structure_hidden=kind, structure_input=kind, device="meta").prepare_qat("int4_per_group_64").freeze()
-        )
-        assert {k: (v.shape, v.dtype) for k, v in meta.state_dict().items()} == {
-            k: (v.shape, v.dtype) for k, v in real.state_dict().items()
-        }
-
-
-def test_calibrate_restores_modes_and_counts_batches():
-    layer = GRULayer(4, 8, recipe="int8_state16").train()
-    batches = iter([torch.randn(3, 2, 4)] * 5)
-    layer.calibrate(batches, n_batches=2, progress=False)
-    assert layer.training and not layer.x.calibrating
-    assert layer.x.observer.count == 2 and len(list(batches)) == 3
-    layer.calibrate([(torch.randn(3, 2, 4), torch.zeros(2, 8))], progress=False)
-    with pytest.raises(ValueError, match="gave no batch"):
-        layer.calibrate([], progress=False)
-    with pytest.raises(ValueError, match="at least 1 batch"):
-        layer.calibrate([], n_batches=0)
-
-
-def test_dynamic_input_needs_no_calibration():
-    layer = GRULayer(4, 8, recipe="int8_dynamic", structure_input="monarch", structure_hidden="monarch").eval()
-    x = torch.randn(5, 2, 4) * 3
-    with torch.no_grad():
-        out, _ = layer(x)
-        layer.freeze()
-        assert torch.equal(layer(x)[0], out)
-        assert not [name for name, _ in layer.named_buffers() if name.startswith("x.")]
-
-
-def test_half_precision_models_keep_their_scales_and_their_bits():
-    layer = GRULayer(4, 8, recipe="int8_state16", bias=False)
-    x = torch.randn(5, 2, 4).bfloat16()
-    layer.calibrate([x.float()], progress=False).freeze().eval()
-    with torch.no_grad():
-        out, last = layer(x.float())
-        half_out, half_last = layer.to(torch.bfloat16)(x)
-        assert torch.equal(half_last, last) and torch.equal(half_out, out.bfloat16())
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert torch.equal(layer(x.float())[0], out)
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: GRULayer(0, 4), "input_size must be an integer of at least 1, got 0"),
-        (lambda: GRUStack(4, 4, 0), "num_layers"),
-        (lambda: GRUStack(4, 4, dropout=1.0), r"dropout must lie in \[0, 1\)"),
-        (lambda: GRULayer(4, 4)(torch.randn(2, 4)), r"shape \[T, B, 4\], got \[2, 4\]"),
-        (lambda: GRULayer(4, 4)(torch.randn(3, 2, 4).half()), r"x of torch.float16; pass x.to\(torch.float32\)"),
-        (lambda: GRULayer(4, 4, dtype=torch.float64)(torch.randn(3, 2, 4)), r"x of torch.float32; pass x.to\(torch.float64\)"),
-        (lambda: GRULayer(4, 4)(torch.randn(0, 2, 4)), "at least one step"),
-        (lambda: GRULayer(4, 4)(torch.randn(3, 2, 4), torch.randn(3, 4)), r"h0 of shape \[2, 4\]"),
-        (lambda: GRULayer(4, 4)(torch.randn(3, 2, 4), mask=torch.ones(2, 3)), r"mask of shape \[3, 2\]"),
-        (lambda: GRUStack(4, 4, 2)(torch.randn(3, 2, 4), torch.randn(1, 2, 4)), r"h0 of shape \[2, 2, 4\]"),
-        (lambda: GRULayer.from_torch(nn.GRU(4, 4), 1), "layers 0 to 0"),
-        (lambda: GRULayer.from_torch(nn.GRU(4, 4), reverse=True), "not bidirectional"),
-        (lambda: GRULayer(4, 8, recipe="int8_state16").to_torch(), r"freeze\(\) and dequantize\(\)"),
-        (lambda: GRULayer(4, 8, reverse=True).to_torch(), "no reversed layer alone"),
-        (lambda: GRULayer(4, 8, structure_input="diagonal"), "in_features == out_features"),
-    ],
-)
-def test_bad_input_is_refused_with_what_would_be_right(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
-
-
-def test_print_tells_bits_and_scales():
-    layer = GRULayer(4, 8, recipe=PRESETS["int8_state16"], structure_hidden="monarch")
-    assert "qat, recipe=int8_state16" in repr(layer) and "nothing observed yet" in repr(layer)
-    layer.calibrate([torch.randn(5, 2, 4)], progress=False).freeze()
-    assert "first: 8-bit codes" in repr(layer) and "16 bits, per tensor, symmetric, fixed, scale 3.052e-05, frozen" in repr(layer)
-
-
-@pytest.mark.parametrize("structure_input", ["dense", "diagonal"])
-@pytest.mark.parametrize("state", ["float", "qat", "frozen"])
-@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64])
-def test_inputs_that_are_no_floats_are_refused(dtype, state, structure_input):
-    """Outputs come in the type of x: they would all be 0."""
-    layer = GRULayer(4, 4, structure_input=structure_input)
-    cell = GRUCell(4, 4, structure_input=structure_input)
-    for module, x in ((layer, torch.randn(3, 2, 4)), (cell, torch.randn(2, 4))):
-        if state != "float":
-            module.prepare_qat(PRESETS["int8_state16"]).calibrate([x], progress=False)
-        if state == "frozen":
-            module.freeze()
-        for mode in (torch.no_grad, torch.enable_grad):
-            with mode(), pytest.raises(ValueError, match=rf"takes floating-point x, got {dtype}; pass x.float\(\)"):
-                module(torch.ones_like(x, dtype=dtype))
-            with mode(), pytest.raises(ValueError, match=rf"takes floating-point h0, got {dtype}; pass h0.float\(\)"):
-                module(x, torch.zeros(2, 4, dtype=dtype))
-
-
-@pytest.mark.parametrize("with_gradients", [True, False])
-def test_a_first_state_of_another_type_is_taken_where_nothing_is_lost(with_gradients):
-    layer, x = GRULayer(4, 8).eval(), torch.randn(3, 2, 4)
-    with torch.set_grad_enabled(with_gradients):
-        for dtype in (torch.float16, torch.bfloat16):
-            h0 = torch.randn(2, 8).to(dtype).requires_grad_(with_gradients)
-            out, last = layer(x, h0)
-            wanted, _ = layer(x, h0.detach().float())
-            assert torch.equal(out, wanted) and last.dtype == torch.float32
-            if with_gradients:
-                last.sum().backward()
-                assert h0.grad is not None and h0.grad.dtype == dtype
-        with pytest.raises(ValueError, match=r"h0 of torch.float64 for x of torch.float32; pass h0.to\(torch.float32\)"):
-            layer(x, torch.randn(2, 8, dtype=torch.float64))
-        layer.double()
-        assert layer(x.double(), torch.randn(2, 8))[1].dtype == torch.float64
 
 
 def test_a_compiled_layer_is_copied_and_pickled_without_what_was_compiled():
